@@ -1,0 +1,28 @@
+# make pretrain: from a fresh machine to a trained model.  make test: the whole suite.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: pretrain test lint setup clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py launcher/install.sh
+	sh launcher/install.sh $(PYTHON) $(VENV)
+	touch $@
+
+pretrain: setup
+	deepspeed launcher/pretrain.py --ds_config ds_configs/zero2.json $(ARGS)
+
+test: setup
+	python -m pytest $(ARGS)
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info

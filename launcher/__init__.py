@@ -1,0 +1,1 @@
+"""Scripts that parse a command line and call the package."""

@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Pre-train a LLaMA: deepspeed launcher/pretrain.py --ds_config ds_configs/zero2.json (or torchrun, or python).
+
+Exit codes: 0 trained to the end, 2 an error that the user can mend, 1 anything else.
+"""
+
+import os
+import sys
+import time
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, build, train."""
+    # The checks come before the heavy imports, so that a wrong flag costs seconds.
+    from sltrain_dist.utils.errors import UserError
+
+    try:
+        from sltrain_dist.train.settings import resolve
+
+        config = resolve(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+
+        from sltrain_dist.parallel import mesh
+        from sltrain_dist.train.build import build
+        from sltrain_dist.train.loop import train
+
+        world = mesh.initialise(config.timeout)
+        try:
+            train(build(config, world))
+        finally:
+            mesh.close()
+    except UserError as error:
+        return report(str(error))
+    return 0
+
+
+def report(message: str) -> int:
+    """Print a user's error once: every rank has it, the first one speaks."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # launchers kill all ranks when one ends: let the first one speak
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,252 @@
+"""The FSDP2 engine: every block and the root sharded by `fully_shard`, on any number of ranks.
+
+The model is made on the meta device, sharded there, given memory for the local shards alone, and
+filled shard by shard from the parameters' specs. The optimizer sees plain local tensors that share
+memory with the shards, never DTensors, so any element-wise torch optimizer works.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from sltrain_dist.config import EngineConfig
+from sltrain_dist.parallel.engine import (
+    MODEL,
+    ModelFactory,
+    OptimizerFactory,
+    add_hashes,
+    as_dtensor,
+    chunk_bounds,
+    clip_factor,
+    optimizer_key,
+)
+from sltrain_dist.parallel.mesh import Mesh, sum_over_ranks
+from sltrain_dist.params import ParameterSpec, collect_specs, partial_hash
+
+
+class FsdpEngine:
+    """One FSDP2 run; the protocol is `parallel.engine.Engine`.
+
+    Number formats: float32 throughout; bfloat16 compute on float32 masters, gradients reduced in
+    float32; or pure bfloat16, whose micro-batch gradients are added up in an own float32 shard because
+    FSDP2 casts reduced gradients to the parameter's dtype before it adds them.
+    """
+
+    name = "fsdp"
+
+    def __init__(
+        self,
+        model_factory: ModelFactory,
+        mesh: Mesh,
+        config: EngineConfig,
+        optimizer_factory: OptimizerFactory,
+        seed: int,
+    ) -> None:
+        optimizer_factory.check("--engine fsdp", sharded=mesh.dp_size > 1)
+        self.mesh = mesh
+        self.seed = seed
+        self.factory = optimizer_factory
+        self.clip = optimizer_factory.config.grad_clipping
+        self.sync_last_only = config.grad_sync == "last"
+        self.updates = 0
+        half = config.dtype == "bfloat16"
+        pure = half and not config.master_weights
+        model = model_factory(device="meta", dtype=torch.bfloat16 if pure else torch.float32)
+        self.specs = collect_specs(model)
+        self.module: nn.Module = _shard(model, mesh, half)
+        self.sharded = _fill(self.module, self.specs, seed, mesh)
+        self.local = {
+            name: nn.Parameter(parameter.to_local().detach())
+            for name, parameter in self.sharded.items()
+            if parameter.requires_grad
+        }
+        # Ranks beyond a small tensor's rows hold nothing of it; optimizers need not see that.
+        self._trained = [local for local in self.local.values() if local.numel()]
+        self.optimizer = optimizer_factory.build(self._trained)
+        optimizer_factory.begin(self.optimizer, self._trained, 0)
+        self._sums: dict[str, Tensor] = {}
+        if pure and config.gradient_accumulation > 1 and not self.sync_last_only:
+            self._accumulate_in_float32()
+
+    def accumulate(self, loss: Tensor, *, last: bool) -> None:
+        if self.sync_last_only:
+            assert isinstance(self.module, FSDPModule)
+            self.module.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        gradients = self._gradients()
+        norm = self._global_norm(list(gradients.values()))
+        if math.isfinite(value := norm.item()):
+            factor = clip_factor(norm, self.clip) if self.clip > 0 else None
+            for name, local in self.local.items():
+                gradient = gradients[name] if factor is None else gradients[name] * factor
+                local.grad = gradient.to(local.dtype)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.updates += 1
+        for local in self.local.values():
+            local.grad = None
+        for sharded in self.sharded.values():
+            sharded.grad = None
+        self._sums.clear()
+        return value
+
+    def state(self) -> dict[str, DTensor]:
+        state = {}
+        for name, local in self.local.items():
+            shape = self.sharded[name].shape
+            state[MODEL + name] = as_dtensor(self.mesh, local.detach(), shape)
+            for key, tensor in self._optimizer_tensors(local).items():
+                whole = shape if tensor.shape == local.shape else tensor.shape
+                state[optimizer_key(key, name)] = as_dtensor(self.mesh, tensor, whole)
+        return state
+
+    def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:
+        assert isinstance(self.module, FSDPModule)
+        self.updates = int(scalars["updates"])
+        self.factory.begin(self.optimizer, self._trained, int(scalars["optimizer_steps"]))
+        own = self.state()
+        assert state.keys() == own.keys(), state.keys() ^ own.keys()
+        for name, tensor in own.items():
+            source = state[name].to_local()
+            if source.data_ptr() != tensor.to_local().data_ptr():
+                tensor.to_local().copy_(source)
+        # After an evaluation the root still holds gathered weights, which are now stale.
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def scalars(self) -> dict[str, Any]:
+        return {"updates": self.updates, "optimizer_steps": self.updates}
+
+    def support_hash(self) -> int:
+        total = 0
+        for name, spec in self.specs.items():
+            if spec.kind == "indices":
+                start, _ = _local_range(spec.shape, self.mesh)
+                total += partial_hash(self.seed, name, start, self.sharded[name].to_local())
+        return add_hashes(self.mesh, total)
+
+    def _optimizer_tensors(self, local: nn.Parameter) -> dict[str, Tensor]:
+        if local.numel():
+            return self.factory.tensors(self.optimizer, local)
+        return {name: local.detach().clone() for name in self.factory.state_names(local.dim())}
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """The summed gradient of every local shard; zeros where no loss reached the parameter."""
+        gradients = {}
+        for name, local in self.local.items():
+            grad = self.sharded[name].grad
+            if name in self._sums:
+                gradients[name] = self._sums[name]
+            elif isinstance(grad, DTensor):
+                gradients[name] = grad.to_local()
+            else:
+                gradients[name] = torch.zeros_like(local)
+        return gradients
+
+    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
+        """L2 norm over all shards of all ranks, float32 scalar; squares are added in float64."""
+        norms = [
+            torch.linalg.vector_norm(grad, dtype=torch.float32)
+            for grad in gradients
+            if grad.numel()
+        ]
+        squares = (
+            torch.stack(norms).double().square_().sum()
+            if norms
+            else torch.zeros((), dtype=torch.float64)
+        )
+        return sum_over_ranks(self.mesh, squares).sqrt().float()
+
+    def _accumulate_in_float32(self) -> None:
+        """Move each reduced bfloat16 gradient into a float32 sum as soon as FSDP2 has written it."""
+        for name in self.local:
+
+            def move(parameter: Tensor, name: str = name) -> None:
+                grad = parameter.grad
+                assert isinstance(grad, DTensor)
+                reduced = grad.to_local().float()
+                self._sums[name] = self._sums[name].add_(reduced) if name in self._sums else reduced
+                parameter.grad = None
+
+            self.sharded[name].register_post_accumulate_grad_hook(move)
+
+
+def _shard(model: nn.Module, mesh: Mesh, half: bool) -> nn.Module:
+    """Apply fully_shard to each block and the root, with gradients summed instead of averaged."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if half else None,
+        reduce_dtype=torch.float32 if half else None,
+        cast_forward_inputs=False,
+    )
+    blocks = getattr(model, "blocks", ())
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh.device_mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # A divide factor alone becomes a pre-multiplied sum, which gloo lacks.
+            module.set_force_sum_reduction_for_comms(True)
+            _leave_integers_uncast(module)
+    return model
+
+
+def _leave_integers_uncast(module: FSDPModule) -> None:
+    """Keep mixed precision away from the offsets: torch before 2.12 would cast them to bfloat16 too."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for group in groups:
+        for fsdp_param in group.fsdp_params if group is not None else ():
+            if not fsdp_param.sharded_param.dtype.is_floating_point:
+                settle = fsdp_param.init_dtype_attrs
+
+                def uncast(policy: MixedPrecisionPolicy, settle: Any = settle) -> None:
+                    settle(MixedPrecisionPolicy())
+
+                fsdp_param.init_dtype_attrs = uncast
+
+
+def _local_range(shape: tuple[int, ...], mesh: Mesh) -> tuple[int, int]:
+    """Flat bounds of this rank's dim-0 chunk of a tensor of ``shape``."""
+    row = math.prod(shape[1:])
+    start, stop = chunk_bounds(shape[0], mesh.dp_size, mesh.dp_rank)
+    return start * row, stop * row
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module, specs: dict[str, ParameterSpec], seed: int, mesh: Mesh
+) -> dict[str, DTensor]:
+    """Give the sharded model memory and write this rank's part of every parameter; return them by name."""
+    _to_real(model, mesh.device)
+    sharded: dict[str, DTensor] = {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        spec = specs[name]
+        start, stop = _local_range(spec.shape, mesh)
+        local = parameter.to_local()
+        if local.numel():
+            local.copy_(spec.initial.flat(seed, name, start, stop, mesh.device).view(local.shape))
+        sharded[name] = parameter
+    return sharded
+
+
+def _to_real(model: nn.Module, device: torch.device) -> None:
+    """Allocate the shards of a meta model; `to_empty` makes two tensors of a tied one, so tie it again."""
+    first_names: dict[int, str] = {}
+    ties = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = first_names.setdefault(id(parameter), name)
+        if first != name:
+            ties[name] = first
+    model.to_empty(device=device)
+    for name, first in ties.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))

@@ -1,0 +1,150 @@
+"""Processes, their devices and the few collectives the rest of the package needs.
+
+A `Mesh` is made once and passed to whoever needs it; there is no global process-group state here.
+It comes up the same way under ``torchrun``, the ``deepspeed`` launcher and a bare ``python`` (one process).
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sltrain_dist.utils.errors import UserError
+
+DP_AXIS = "dp"
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands: its rank on every axis, its device, and the torch DeviceMesh."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+    device_mesh: DeviceMesh  # one axis, "dp"
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """The process group of the data-parallel axis."""
+        return self.device_mesh.get_group(DP_AXIS)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one rank that prints and writes."""
+        return self.rank == 0
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment of asking."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _launcher_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank); for a bare ``python`` the variables of a one-process launch are set.
+
+    They are set in ``os.environ`` because DeepSpeed reads them there.
+    """
+    if not all(name in os.environ for name in _LAUNCHER_VARIABLES):
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
+    rank = int(os.environ["RANK"])
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", str(rank)))
+    return rank, int(os.environ["WORLD_SIZE"]), local_rank
+
+
+def _device(device_type: str, local_rank: int) -> torch.device:
+    """This process's device; on CUDA it becomes the current one, before the first collective."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"--nproc_per_node: local rank {local_rank} has no GPU, this machine shows {count};"
+            " start at most that many processes on it"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def initialise(timeout: float = 600.0, device: str | None = None) -> Mesh:
+    """Join the process group and return the mesh: gloo on CPU; NCCL on CUDA, with gloo beside it for CPU tensors.
+
+    Args:
+        timeout: seconds after which a collective that a peer never joined raises.
+        device: "cpu" or "cuda"; None takes CUDA where there is any.
+
+    Raises:
+        UserError: more processes on this machine than GPUs.
+    """
+    rank, world_size, local_rank = _launcher_environment()
+    device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own_device = _device(device_type, local_rank)
+    if not dist.is_initialized():
+        on_gpu = device_type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            # One process needs no rendezvous, so no port that a firewall or another run could block.
+            store=torch._C._distributed_c10d.HashStore() if world_size == 1 else None,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+            device_id=own_device if on_gpu else None,
+        )
+    device_mesh = init_device_mesh(device_type, (world_size,), mesh_dim_names=(DP_AXIS,))
+    return Mesh(rank, world_size, local_rank, rank, world_size, own_device, device_mesh)
+
+
+def close() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(mesh: Mesh, tensor: Tensor) -> Tensor:
+    """The element-wise sum of ``tensor`` over all ranks, as a new tensor on the mesh's device."""
+    return _reduced(mesh, tensor, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(mesh: Mesh, tensor: Tensor) -> Tensor:
+    """The element-wise maximum of ``tensor`` over all ranks, as a new tensor on the mesh's device."""
+    return _reduced(mesh, tensor, dist.ReduceOp.MAX)
+
+
+def _reduced(mesh: Mesh, tensor: Tensor, operation: Any) -> Tensor:
+    result = tensor.detach().to(mesh.device, copy=True)
+    if mesh.dp_size > 1:
+        dist.all_reduce(result, operation, group=mesh.dp_group)
+    return result
+
+
+def gather_objects(mesh: Mesh, value: Any) -> list[Any]:
+    """Every rank's ``value`` (JSON-able data), in rank order, on every rank."""
+    if mesh.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(values, value, group=mesh.dp_group)
+    return values
+
+
+def barrier(mesh: Mesh) -> None:
+    """Return when every rank has arrived."""
+    if mesh.world_size > 1:
+        dist.barrier(group=mesh.dp_group)

@@ -1,0 +1,272 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 around our own torch optimizer. The one file that imports deepspeed.
+
+DeepSpeed distributes and steps; this file makes it agree with the protocol: gradients summed instead of
+averaged, a global norm from every stage, initial values from the parameters' specs (ZeRO-3 never holds
+the model whole), and optimizer and master weights readable and writable as Shard(0) DTensors.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sltrain_dist.config import EngineConfig
+from sltrain_dist.parallel.ds_config import FLAG, resolve_ds_config, stage_of
+from sltrain_dist.parallel.engine import (
+    MODEL,
+    ModelFactory,
+    OptimizerFactory,
+    add_hashes,
+    as_dtensor,
+    chunk_bounds,
+    clip_factor,
+    optimizer_key,
+)
+from sltrain_dist.parallel.mesh import Mesh, gather_objects
+from sltrain_dist.parallel.zero_layout import Flat, held_weights, layout_of
+from sltrain_dist.params import collect_specs, partial_hash
+from sltrain_dist.utils.errors import UserError
+
+
+def _deepspeed() -> Any:
+    """Import DeepSpeed: quiet, on this machine's device, compiling nothing."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Its collectives' old names, once per call site and rank.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Otherwise it probes for a compiler, and on CPU builds a shared-memory all-reduce (for inference) at start.
+    deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
+    return deepspeed
+
+
+class ZeroEngine:
+    """One DeepSpeed run; the protocol is `parallel.engine.Engine`."""
+
+    def __init__(
+        self,
+        model_factory: ModelFactory,
+        mesh: Mesh,
+        config: EngineConfig,
+        optimizer_factory: OptimizerFactory,
+        seed: int,
+    ) -> None:
+        resolved = resolve_ds_config(
+            config.ds_config, config, optimizer_factory.config, mesh.dp_size
+        )
+        self.stage = stage_of(resolved)
+        self.name = f"zero-{self.stage}"
+        optimizer_factory.check(f"ZeRO stage {self.stage}", sharded=self.stage > 0)
+        self.mesh = mesh
+        self.seed = seed
+        self.factory = optimizer_factory
+        self.updates = 0
+        self.half = config.dtype == "bfloat16"
+        self._own_clip = 0.0
+        if self.stage == 0 and not self.half:
+            # There DeepSpeed has no norm to report, so norm and clipping are done here.
+            self._own_clip = resolved["gradient_clipping"]
+            resolved["gradient_clipping"] = 0.0
+        deepspeed = _deepspeed()
+        deepspeed.init_distributed(verbose=False)  # finds the process group of mesh.py
+        _check_by_deepspeed(deepspeed, resolved)
+        model = model_factory(device="meta", dtype=torch.bfloat16 if self.half else torch.float32)
+        self.specs = collect_specs(model)
+        self._materialise(deepspeed, model, resolved)
+        self.parameters = dict(model.named_parameters())
+        self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        self._fill()
+        if self.stage < 3:  # stage 3 holds no replicas
+            check_replicas(
+                mesh, self._own_hash()
+            )  # before DeepSpeed's broadcast masks a difference
+        built = optimizer_factory.build(list(self.trained.values()))
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory reports past its logger
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=built, config=resolved, dist_init_required=False
+            )
+        self.module: nn.Module = self._engine
+        self.optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
+        self.layout = layout_of(self.stage, self._engine, optimizer_factory)
+        self._begin(0)
+        if self.half and config.master_weights:
+            self._fill_masters()
+
+    def accumulate(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        # Multiplied by dp_size because DeepSpeed divides the sum of gradients by it.
+        self._engine.backward(loss * self.mesh.dp_size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._clip_replicated() if self.stage == 0 and not self.half else None
+        if norm is not None and not math.isfinite(norm):
+            self._engine.zero_grad()
+            return norm
+        self._engine.step()
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+            if not self._engine.was_step_applied():
+                return math.inf
+        self.updates += 1
+        return norm
+
+    def state(self) -> dict[str, DTensor]:
+        state = {}
+        for label, parameter, key in self._entries():
+            full = self.layout.read(parameter, key)
+            start, stop = chunk_bounds(full.shape[0], self.mesh.dp_size, self.mesh.dp_rank)
+            state[label] = as_dtensor(self.mesh, full[start:stop].clone(), full.shape)
+        return state
+
+    def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:
+        self.updates = int(scalars["updates"])
+        self._begin(int(scalars["optimizer_steps"]))
+        labels = set()
+        for label, parameter, key in self._entries():
+            labels.add(label)
+            full = state[label].full_tensor()
+            self.layout.write(parameter, key, full)
+            if key is None:
+                self.layout.refresh(parameter, full)
+        assert state.keys() == labels, state.keys() ^ labels
+
+    def scalars(self) -> dict[str, Any]:
+        return {"updates": self.updates, "optimizer_steps": self.updates}
+
+    def support_hash(self) -> int:
+        own = self._own_hash()
+        if self.stage < 3:
+            return own
+        return add_hashes(self.mesh, own)
+
+    def _entries(self) -> Iterator[tuple[str, nn.Parameter, str | None]]:
+        """(name in a state, parameter, optimizer state or None for the weight) of all a checkpoint holds."""
+        for name, parameter in self.trained.items():
+            yield MODEL + name, parameter, None
+            for key in self.factory.state_names(len(self.specs[name].shape)):
+                yield optimizer_key(key, name), parameter, key
+
+    def _begin(self, steps: int) -> None:
+        """Create missing optimizer state and set its step counters."""
+        self.factory.begin(self.optimizer, self.layout.updated(), steps)
+        if isinstance(self.layout, Flat):
+            self.layout.link()
+
+    def _materialise(self, deepspeed: Any, model: nn.Module, resolved: dict[str, Any]) -> None:
+        """Give every parameter memory; under stage 3 one at a time, cut before the next one exists."""
+        source = _OneByOne(model, self.mesh.device)
+        if self.stage == 3:
+            deepspeed.zero.Init(module=source, config_dict_or_path=resolved)
+        else:
+            list(source.parameters())
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """Write initial values: of whole parameters, under stage 3 of the slices this rank holds."""
+        for name, parameter in self.parameters.items():
+            held, start = held_weights(parameter)
+            held.copy_(self._initial(name, held, start))
+
+    @torch.no_grad()
+    def _fill_masters(self) -> None:
+        """Start float32 masters from the float32 initial values, not from their bfloat16 rounding."""
+        for name, parameter in self.trained.items():
+            for start, master in self.layout.fragments(parameter):
+                master.copy_(self._initial(name, master, start))
+
+    def _initial(self, name: str, like: Tensor, start: int) -> Tensor:
+        """Initial values of the flat elements from ``start`` on, shaped as ``like``; zeros past the end."""
+        spec = self.specs[name]
+        stop = min(start + like.numel(), math.prod(spec.shape))
+        values = torch.zeros(like.numel(), dtype=like.dtype, device=like.device)
+        if start < stop:
+            values[: stop - start] = spec.initial.flat(
+                self.seed, name, start, stop, self.mesh.device
+            )
+        return values.view(like.shape)
+
+    def _own_hash(self) -> int:
+        """Hash of the offsets this rank holds: of all, or of its slices under stage 3."""
+        total = 0
+        for name, spec in self.specs.items():
+            if spec.kind == "indices":
+                held, start = held_weights(self.parameters[name])
+                real = max(0, min(held.numel(), math.prod(spec.shape) - start))
+                total += partial_hash(self.seed, name, start, held.flatten()[:real])
+        return total & 0xFFFFFFFFFFFFFFFF
+
+    def _clip_replicated(self) -> float:
+        """Stage 0: the norm of the (everywhere equal) gradients, and clipping by it."""
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(grad) for grad in gradients]
+        norm = torch.stack(norms).double().square_().sum().sqrt_().float()
+        if self._own_clip > 0:
+            torch._foreach_mul_(gradients, clip_factor(norm, self._own_clip))
+        return norm.item()
+
+
+class _OneByOne(nn.Module):
+    """A view of a meta model whose parameters() makes them real one at a time, in place.
+
+    Handed to deepspeed.zero.Init, which walks that iterator and cuts each parameter before it asks for
+    the next. Its usual form, a context around the constructor, would cast every float tensor made in
+    there to the training dtype and replace torch's constructors for the whole process.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.__dict__["source"] = (
+            model  # not a child: its parameters must not be seen before they are real
+        )
+        self.device = device
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Replace each meta parameter by an uninitialised real one and yield it; tied ones once."""
+        made: dict[int, nn.Parameter] = {}
+        for module in self.__dict__["source"].modules():
+            for name, meta in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                fresh = id(meta) not in made
+                if fresh:
+                    empty = torch.empty_like(meta, device=self.device)
+                    made[id(meta)] = nn.Parameter(empty, requires_grad=meta.requires_grad)
+                setattr(module, name, made[id(meta)])
+                if fresh:
+                    yield made[id(meta)]
+
+
+def check_replicas(mesh: Mesh, own_hash: int) -> None:
+    """Compare the support that every rank made for itself.
+
+    DeepSpeed broadcasts rank 0's parameters, which would silently replace another rank's support.
+
+    Raises:
+        RuntimeError: naming the ranks whose support differs from rank 0's.
+    """
+    hashes = gather_objects(mesh, own_hash)
+    different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
+    if different:
+        raise RuntimeError(
+            f"the support on rank {', '.join(map(str, different))} differs from rank 0's:"
+            " the ranks run different code, seeds or configurations"
+        )
+
+
+def _check_by_deepspeed(deepspeed: Any, resolved: dict[str, Any]) -> None:
+    """Let DeepSpeed parse the configuration before a model exists; its refusal is the user's to mend."""
+    try:
+        deepspeed.DeepSpeedConfig(resolved)
+    except (AssertionError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{FLAG}: DeepSpeed refuses it: {reason}") from None

@@ -1,0 +1,167 @@
+"""Everything before the first update, in one order:
+
+mesh -> run folder -> checkpoint to continue from -> data -> model on meta -> engine -> load -> records
+
+Work that one rank does for all (folders, tokenising) goes through ``on_first``, so that an error of
+the first rank ends every rank with the same single line.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from sltrain_dist.config import TrainConfig
+from sltrain_dist.data import Data, open_data, prepare_data
+from sltrain_dist.model.backends import resolve_attention, resolve_norm
+from sltrain_dist.model.llama import Llama
+from sltrain_dist.optim.table import OptimizerFactory, assert_live
+from sltrain_dist.parallel.engine import Engine, build_engine
+from sltrain_dist.parallel.mesh import Mesh, gather_objects
+from sltrain_dist.params import count_parameters
+from sltrain_dist.train.checkpoint import Found, find, load
+from sltrain_dist.train.run_folder import Records, choose_folder, claim_folder
+from sltrain_dist.train.summary import estimate_memory, print_summary, say
+from sltrain_dist.train.tracker import NoTracker, Tracker, open_tracker
+from sltrain_dist.utils.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """A run in progress: its parts, and where it stands (``step`` updates done)."""
+
+    config: TrainConfig
+    mesh: Mesh
+    data: Data
+    engine: Engine
+    records: Records
+    tracker: Tracker
+    parameters: dict[str, int]  # params.count_parameters
+    estimate: dict[str, int]  # bytes by purpose, before training
+    step: int = 0
+    tokens_seen: int = 0
+
+
+def on_first(mesh: Mesh, action: Callable[[], T]) -> T:
+    """Run ``action`` on the first rank and give its (picklable) result, or its UserError, to all ranks."""
+    outcome: tuple[Any, str | None] = (None, None)
+    if mesh.is_first:
+        try:
+            outcome = (action(), None)
+        except UserError as error:
+            outcome = (None, str(error))
+    result, problem = gather_objects(mesh, outcome)[0]
+    if problem is not None:
+        raise UserError(problem)
+    value: T = result
+    return value
+
+
+def build(config: TrainConfig, mesh: Mesh) -> Run:
+    """Build a run; on return the engine stands where training begins or continues.
+
+    Raises:
+        UserError: anything a user can mend; nothing that was saved has been touched.
+    """
+    folder = on_first(mesh, lambda: choose_folder(config))
+    found = find(config.continue_from, folder, mesh)
+    on_first(mesh, lambda: claim_folder(folder, config.continue_from))
+    config = replace(config, save_dir=str(folder), name=config.name or folder.name)
+    data = _open_data(config, mesh)
+    dtype, model = getattr(torch, config.engine.dtype), config.model
+    attention = resolve_attention(config.attention, mesh.device, dtype, model.head_dim)
+    norm = resolve_norm(config.norm, mesh.device, dtype, model.hidden_size)
+    factory = partial(make_model, config, attention, norm)
+    parameters = count_parameters(factory(device="meta", dtype=torch.float32))
+    _seed(config.engine.seed, mesh.dp_rank)
+    optimizer = OptimizerFactory(config.optimizer)
+    engine = build_engine(factory, mesh, config.engine, optimizer, config.method.seed)
+    assert_live(engine.optimizer, config.optimizer)
+    records = Records(folder, mesh.is_first)
+    tracker = open_tracker(config, folder) if mesh.is_first else NoTracker()
+    estimate = estimate_memory(config, parameters, mesh.dp_size)
+    run = Run(config, mesh, data, engine, records, tracker, parameters, estimate)
+    _resume(run, found)
+    records.config(config)
+    print_summary(run, attention, norm)
+    return run
+
+
+def make_model(
+    config: TrainConfig,
+    attention: str,
+    norm: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The model with uninitialised parameters, compiled block by block where asked."""
+    options: dict[str, Any] = {
+        "checkpointing": config.activation_checkpointing,
+        "device": device,
+        "dtype": dtype,
+    }
+    if config.use_hf_model:
+        from sltrain_dist.model.hf import HFLlama
+
+        model: Any = HFLlama(config.model, config.method, **options)
+    else:
+        model = Llama(config.model, config.method, attention=attention, norm=norm, **options)
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    return model  # type: ignore[no-any-return]
+
+
+def _open_data(config: TrainConfig, mesh: Mesh) -> Data:
+    """Prepare on the first rank of every node, then open everywhere."""
+    problem = None
+    if mesh.local_rank == 0:
+        try:
+            prepare_data(config.data, config.model.vocab_size)
+        except UserError as error:
+            problem = str(error)
+    problems = [found for found in gather_objects(mesh, problem) if found]
+    if problems:
+        raise UserError(problems[0])
+    return open_data(
+        config.data,
+        config.model.vocab_size,
+        global_batch=config.total_batch_size,
+        micro_batch=config.engine.batch_size,
+        gradient_accumulation=config.engine.gradient_accumulation,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        prepare=False,
+    )
+
+
+def _seed(seed: int, dp_rank: int) -> None:
+    """Seed what is left to generators: dropout, which must differ between ranks."""
+    torch.manual_seed(seed * 65_537 + dp_rank)
+    random.seed(seed)
+
+
+def _resume(run: Run, found: Found) -> None:
+    """Load the checkpoint that was found, if any, and cut the records back to it."""
+    for warning in found.warnings:
+        say(run.mesh, f"warning: {warning}")
+    if found.folder is None:
+        if run.config.continue_from == "auto":
+            say(run.mesh, "no checkpoint to continue from: starting fresh")
+        return
+    resumed = load(found.folder, run.engine, run.config)
+    run.step, run.tokens_seen = resumed.progress.step, resumed.progress.tokens_seen
+    run.data.load_state(resumed.progress.data)
+    if Path(found.folder).resolve().parent == run.records.folder.resolve():
+        run.records.rewind(resumed.progress.metrics)
+    for message in resumed.messages:
+        say(run.mesh, message)
+    say(run.mesh, f"continuing from {found.folder} at update {run.step}")

@@ -1,0 +1,130 @@
+"""Is this checkpoint one of this run's model, method, support and optimizer?
+
+Asked before anything is loaded. The answer is the first difference, in the words of the flag or the
+parameter a user would look for; only conversions between floating dtypes are let through, and said.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sltrain_dist.config import TrainConfig
+from sltrain_dist.utils.errors import UserError
+
+_METHOD_FLAGS = {
+    "rank": "--rank",
+    "alpha": "--lora_alpha",
+    "train_scaling": "--train_scaling",
+    "density": "--sp_ratio",
+    "support": "--support",
+    "block_size": "--block_size",
+}
+_METHOD_FIELDS = {  # the fields of MethodConfig that change the model, by method
+    "full": (),
+    "low_rank": ("rank", "alpha", "train_scaling"),
+    "sltrain": ("rank", "alpha", "train_scaling", "density", "support"),
+}
+_MODEL_FREE = ("name", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
+_CONVERTIBLE = {"float32", "bfloat16"}
+
+
+def _refuse(folder: Path, difference: str, mend: str) -> UserError:
+    return UserError(f"--continue_from {folder}: {difference}; {mend}")
+
+
+def _check_method(document: dict[str, Any], config: TrainConfig, folder: Path) -> None:
+    saved, here = document["method"], config.method
+    if saved["method"] != here.method:
+        raise _refuse(
+            folder,
+            f"trained with --method {saved['method']}, this run has --method {here.method}",
+            "give the same method, or another --save_dir for a new run",
+        )
+    fields = _METHOD_FIELDS.get(here.method, tuple(_METHOD_FLAGS))
+    if "support" in fields and here.support == "block":
+        fields = (*fields, "block_size")
+    for name in fields:
+        if saved[name] != getattr(here, name):
+            flag = _METHOD_FLAGS[name]
+            raise _refuse(
+                folder,
+                f"trained with {flag} {saved[name]}, this run has {flag} {getattr(here, name)}",
+                f"give {flag} {saved[name]}, or another --save_dir for a new run",
+            )
+
+
+def _check_tensors(
+    saved: dict[str, dict[str, Any]], here: dict[str, dict[str, Any]], prefix: str, folder: Path
+) -> list[tuple[str, str, str]]:
+    """Names, shapes and dtypes of one family of tensors; returns conversions (name, from, to)."""
+    what, mend = (
+        ("model", "give the --model_config it was trained with")
+        if prefix == "model."
+        else ("optimizer", "give the --optimizer it was trained with")
+    )
+    conversions = []
+    ours = [name for name in here if name.startswith(prefix)]
+    theirs = [name for name in saved if name.startswith(prefix)]
+    for name in [*ours, *(name for name in theirs if name not in here)]:
+        if name not in saved or name not in here:
+            has, lacks = ("the checkpoint", "this run") if name in saved else ("this run", "it")
+            raise _refuse(folder, f"of another {what}: {has} has {name}, {lacks} has not", mend)
+        old, new = saved[name], here[name]
+        if old["shape"] != new["shape"]:
+            shapes = f"{old['shape']} in the checkpoint, {new['shape']} in this run"
+            raise _refuse(folder, f"of another {what}: {name} is {shapes}", mend)
+        if old["dtype"] != new["dtype"]:
+            if not {old["dtype"], new["dtype"]} <= _CONVERTIBLE:
+                dtypes = f"{old['dtype']} in the checkpoint, {new['dtype']} in this run"
+                raise _refuse(folder, f"of another {what}: {name} is {dtypes}", mend)
+            conversions.append((name, old["dtype"], new["dtype"]))
+    return conversions
+
+
+def _check_architecture(document: dict[str, Any], config: TrainConfig, folder: Path) -> None:
+    """Fields that no tensor shape shows, such as rope_theta or the number of heads."""
+    saved = document["model"]
+    here = json.loads(json.dumps(config.to_json()["model"]))
+    for name in here:
+        if name not in _MODEL_FREE and saved.get(name) != here[name]:
+            raise _refuse(
+                folder,
+                f"of another model: {name} is {saved.get(name)}, in this run {here[name]}",
+                "give the --model_config it was trained with",
+            )
+
+
+def check_identity(
+    document: dict[str, Any],
+    tensors: dict[str, dict[str, Any]],
+    support_hash: str,
+    config: TrainConfig,
+    folder: Path,
+) -> list[str]:
+    """Compare a checkpoint's ``state.json`` with this run.
+
+    Args:
+        document: the checkpoint's ``state.json``.
+        tensors: {name: {"shape", "dtype"}} of this run's engine, names "model.*" and "optimizer.*".
+        support_hash: this run's, 16 hex digits.
+
+    Returns:
+        At most one line, saying how many tensors change between float32 and bfloat16.
+
+    Raises:
+        UserError: the first difference in method, model, support or optimizer.
+    """
+    _check_method(document, config, folder)
+    conversions = _check_tensors(document["tensors"], tensors, "model.", folder)
+    _check_architecture(document, config, folder)
+    if document["support_hash"] != support_hash:
+        raise _refuse(
+            folder,
+            f"of another support: hash {document['support_hash']}, in this run {support_hash}",
+            f"give --seed {document['method']['seed']}, which it was trained with",
+        )
+    conversions += _check_tensors(document["tensors"], tensors, "optimizer.", folder)
+    if not conversions:
+        return []
+    name, old, new = conversions[0]
+    return [f"{len(conversions)} tensors are converted from {old} to {new} (first: {name})"]

@@ -1,0 +1,176 @@
+"""The command line of pretraining: one table of flags, in groups, with units and defaults.
+
+The first four groups take every flag of the reference implementation's torchrun_main.py under the
+same name, so that its published commands run here with just the script's path changed.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from sltrain_dist.config import Dtype
+from sltrain_dist.utils.errors import UserError
+
+DTYPES: dict[str, Dtype] = {
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float32": "float32",
+    "fp32": "float32",
+}
+
+
+def token_count(text: str) -> int:
+    """Parse "100M" or "1.5B" or a plain number of tokens."""
+    factor = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)
+    return int(float(text[:-1] if factor > 1 else text) * factor)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: ``default`` is what a run of our own gets; None means that it is derived."""
+
+    name: str
+    help: str
+    default: Any = None
+    kind: Callable[[str], Any] | None = str  # None: a switch
+    choices: tuple[str, ...] | None = None
+    const: str | None = None  # what the flag means when given without a value
+
+
+GROUPS: dict[str, tuple[Flag, ...]] = {
+    "model and method": (
+        Flag("model", "preset (llama_9m ... llama_13b, llama_demo), HF config.json or folder", "llama_demo"),
+        Flag("model_config", "the reference's name for --model; implies its defaults, corpus c4 and support uniform"),
+        Flag("method", "what linears are made of", "sltrain", choices=("sltrain", "low_rank", "full")),
+        Flag("peft_model", "the reference's name for --method; implies its defaults", choices=("sltrain", "full")),
+        Flag("rank", "columns of B; derived: the recipe of the model, else hidden size / 4", kind=int),
+        Flag("sp_ratio", "density of S, in (0, 1)", 0.03, float),
+        Flag("lora_alpha", "scale = alpha / rank", 32.0, float),
+        Flag("lora_dropout", "probability, on the input of the low-rank product", 0.0, float),
+        Flag("train_scaling", "train the scale, as tanh(scaling)", False, None),
+        Flag("support", "kind of sparse support", "fan_in", choices=("fan_in", "uniform", "block")),
+        Flag("block_size", "edge of the blocks of --support block, elements", 16, int),
+        Flag("use_hf_model", "train transformers' LlamaForCausalLM with its linears replaced", False, None),
+        Flag("attention", "attention back end", "auto", choices=("auto", "sdpa", "flash_attn")),
+        Flag("norm", "RMSNorm back end", "auto", choices=("auto", "torch", "apex")),
+        Flag("compile", "torch.compile every block", False, None),
+    ),
+    "data": (
+        Flag("corpus", "stdlib, c4 (c4:FOLDER for a mirror), or a txt|jsonl|json.gz|parquet file or a folder of them", "stdlib"),
+        Flag("tokenizer", "HF name or path, or trained: byte-level BPE on the corpus; derived: trained, t5-base for c4"),
+        Flag("tokenizer_vocab", "entries of a tokenizer trained on the corpus", 8192, int),
+        Flag("pack", "documents joined, or one padded document a sample", "packed", choices=("packed", "padded")),
+        Flag("max_length", "tokens per sample", 256, int),
+        Flag("workers", "background loader processes", 0, int),
+        Flag("cache_dir", "where tokenizers and token indices are kept", "~/.cache/sltrain_dist"),
+    ),
+    "optimization": (
+        Flag("optimizer", "adamw, adam, sgd or adafactor", "adamw"),
+        Flag("lr", "peak learning rate", 3e-3, float),
+        Flag("scheduler", "shape of the learning rate", "cosine", choices=("linear", "cosine", "cosine_restarts")),
+        Flag("cycle_length", "updates per cycle of cosine_restarts", kind=int),
+        Flag("min_lr_ratio", "floor of the learning rate, share of the peak", 0.1, float),
+        Flag("warmup_steps", "updates; derived: a tenth of the training", kind=int),
+        Flag("weight_decay", "decoupled for adamw", 0.0, float),
+        Flag("beta1", "momentum of sgd, beta1 of adafactor", 0.0, float),
+        Flag("betas", "of adam and adamw, as 0.9,0.999", "0.9,0.999"),
+        Flag("eps", "of adam and adamw", 1e-8, float),
+        Flag("grad_clipping", "largest global gradient norm; 0 is off", 0.0, float),
+        Flag("batch_size", "sequences per micro-batch and rank; derived: what divides the total, at most 16", kind=int),
+        Flag("total_batch_size", "sequences per update, over all ranks and micro-batches", kind=int),
+        Flag("gradient_accumulation", "micro-batches per update; derived from the batch sizes", kind=int),
+        Flag("num_training_steps", "updates", 1000, int),
+        Flag("max_train_tokens", "tokens, with K, M or B; overrides --num_training_steps", kind=token_count),
+        Flag("loss_average", "over all valid tokens of the update, or the reference's mean of micro-batch means",
+             "tokens", choices=("tokens", "micro_batches")),
+    ),
+    "run": (
+        Flag("save_dir", "folder of the run; derived: runs/MODEL-METHOD-TIME"),
+        Flag("continue_from", "a run folder, one of its step_N, or auto: the newest whole checkpoint in save_dir"),
+        Flag("save_every", "updates between checkpoints; 0: only at the end", 1000, int),
+        Flag("keep_last", "checkpoints kept; 0: all", 3, int),
+        Flag("eval_every", "updates between evaluations; 0: only at the end", 1000, int),
+        Flag("eval_tokens", "tokens of the held-out split evaluated, with K, M or B", "10M", token_count),
+        Flag("eval_mode", "exact mean over tokens, or the reference's (n + 1 batches: 1.5-2%% too low)", "exact",
+             choices=("exact", "reference")),
+        Flag("seed", "of support, initial values, order of data and dropout", 42, int),
+        Flag("name", "of the run, for the tracker; derived: the folder's"),
+        Flag("tags", "comma-separated, for the tracker"),
+        Flag("tracker", "wandb (offline unless logged in), tensorboard; auto: the first that is installed", "auto",
+             choices=("auto", "wandb", "tensorboard", "none")),
+    ),
+    "engine": (
+        Flag("engine", "derived: zero where --ds_config is given, else fsdp", choices=("fsdp", "zero")),
+        Flag("ds_config", 'DeepSpeed JSON; values "auto" are filled from these flags'),
+        Flag("dtype", "number format of compute; derived: bfloat16 on CUDA, else float32"),
+        Flag("master_weights", "fp32 weights beside bfloat16 compute, or none", "fp32", choices=("fp32", "none")),
+        Flag("grad_sync", "fsdp: reduce gradients each micro-batch, or once an update", "each", choices=("each", "last")),
+        Flag("activation_checkpointing", "recompute each block in backward", "none", choices=("none", "block"), const="block"),
+        Flag("single_gpu", "refuse to run on more than one rank", False, None),
+        Flag("timeout", "seconds that a collective may take", 600.0, float),
+        Flag("local_rank", argparse.SUPPRESS, kind=int),
+    ),
+}  # fmt: skip
+
+FLAGS = {flag.name: flag for flags in GROUPS.values() for flag in flags}
+
+# What the reference's torchrun_main.py takes where a flag is not given; --batch_size it requires.
+REFERENCE_DEFAULTS: dict[str, Any] = {
+    "method": "full",
+    "support": "uniform",
+    "optimizer": "adam",
+    "lr": 1e-4,
+    "warmup_steps": 1000,
+    "num_training_steps": 10_000,
+    "eval_every": 5000,
+    "save_every": 10_000,
+    "rank": 128,
+    "sp_ratio": 0.01,
+    "lora_alpha": 32.0,
+    "workers": 8,
+    "master_weights": "none",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argparse parser of the table. Flags not given are absent from its namespace."""
+    result = _Parser(
+        prog="pretrain.py",
+        description="Pre-train a LLaMA with sparse-plus-low-rank linears. With no flag but --ds_config it "
+        "trains llama_demo on the text of Python's standard library.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for title, flags in GROUPS.items():
+        group = result.add_argument_group(title)
+        for flag in flags:
+            note = "" if flag.default in (None, False) else f" [{flag.default}]"
+            text = flag.help if flag.help == argparse.SUPPRESS else flag.help + note
+            if flag.kind is None:
+                group.add_argument(f"--{flag.name}", action="store_true", help=text)
+            elif flag.const is not None:
+                group.add_argument(
+                    f"--{flag.name}", nargs="?", const=flag.const, choices=flag.choices, help=text
+                )
+            else:
+                group.add_argument(
+                    f"--{flag.name}", type=flag.kind, choices=flag.choices, help=text
+                )
+    return result
+
+
+def explicit(arguments: Sequence[str]) -> dict[str, Any]:
+    """The flags that were given, by name.
+
+    Raises:
+        UserError: an unknown flag, a missing value, or one of the wrong type or choice.
+    """
+    given = vars(parser().parse_args(list(arguments)))
+    given.pop("local_rank", None)
+    return given

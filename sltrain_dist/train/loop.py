@@ -1,0 +1,193 @@
+"""The training loop: updates, records, evaluations, checkpoints, and the end of a run.
+
+The loss of an update is the sum of token losses over all valid tokens of all ranks and
+micro-batches, divided by their number: it does not depend on how the batch was cut.
+"""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sltrain_dist.optim.schedule import learning_rate
+from sltrain_dist.parallel.mesh import max_over_ranks, sum_over_ranks
+from sltrain_dist.train.build import Run
+from sltrain_dist.train.checkpoint import Progress, save
+from sltrain_dist.train.evaluate import Batch, evaluate, perplexity, write_text
+from sltrain_dist.train.summary import say, throughput
+
+SAMPLE_TOKENS = 80
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train from where ``run`` stands to the last update, evaluate, save; returns the summary."""
+    config, started = run.config, time.perf_counter()
+    steps = config.optimizer.total_steps
+    updates = run.data.updates(run.step)
+    evaluated, rates = None, []
+    with _bar(run, steps) as bar:
+        while run.step < steps:
+            began = time.perf_counter()
+            lr = learning_rate(config.optimizer, run.step)
+            loss, tokens, norm = update(run, next(updates), lr)
+            run.step += 1
+            run.tokens_seen += tokens
+            rates.append(tokens / (time.perf_counter() - began))
+            line = {
+                "step": run.step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": norm,
+                "tokens_seen": run.tokens_seen,
+                "tokens_per_second": rates[-1],
+                "peak_memory_bytes": peak_memory(run),
+            }
+            _record(run, line)
+            _advance(bar, run, line)
+            last = run.step == steps
+            if last or (config.eval_every and run.step % config.eval_every == 0):
+                evaluated = _evaluate(run)
+            if last or (config.save_every and run.step % config.save_every == 0):
+                _save(run)
+    return _finish(run, evaluated or _evaluate(run), rates, time.perf_counter() - started)
+
+
+def update(run: Run, micro_batches: list[Batch], lr: float) -> tuple[float, int, float]:
+    """One update of the weights.
+
+    Args:
+        micro_batches: this rank's share of the global batch.
+
+    Returns:
+        (mean loss in nats per token, valid tokens over all ranks, global gradient norm).
+    """
+    engine, mesh = run.engine, run.mesh
+    counts = torch.stack([(batch["labels"] >= 0).sum() for batch in micro_batches])
+    valid = sum_over_ranks(mesh, counts.sum())
+    if run.config.loss_average == "micro_batches":  # the reference's mean of means
+        weights = (counts.clamp(min=1) * len(micro_batches) * mesh.dp_size).to(mesh.device)
+    else:
+        weights = valid.clamp(min=1).expand(len(micro_batches))
+    total: Tensor = torch.zeros((), device=mesh.device)
+    for number, batch in enumerate(micro_batches):
+        tokens, labels = (batch[key].to(mesh.device) for key in ("tokens", "labels"))
+        share = engine.module(tokens, labels) / weights[number]
+        engine.accumulate(share, last=number == len(micro_batches) - 1)
+        total += share.detach()
+    norm = engine.step(lr)
+    return float(sum_over_ranks(mesh, total)), int(valid), norm
+
+
+def peak_memory(run: Run) -> int:
+    """Bytes: the most any rank has used so far, of GPU memory or else resident in RAM."""
+    if run.mesh.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated()
+    else:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
+    return int(max_over_ranks(run.mesh, torch.tensor(used)))
+
+
+def _record(run: Run, line: dict[str, Any]) -> None:
+    run.records.metrics(line)
+    run.tracker.log(line)
+
+
+def _evaluate(run: Run) -> tuple[float, int]:
+    """Evaluate and record; returns (loss, tokens)."""
+    batches = run.data.evaluation(run.config.engine.batch_size)
+    loss, tokens = evaluate(run.engine, batches, run.config.eval_mode)
+    line = {
+        "step": run.step,
+        "eval_loss": loss,
+        "eval_perplexity": perplexity(loss),
+        "eval_tokens": tokens,
+    }
+    _record(run, line)
+    say(
+        run.mesh,
+        f"step {run.step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f} ({tokens:,} tokens)",
+    )
+    return loss, tokens
+
+
+def _save(run: Run) -> None:
+    progress = Progress(run.step, run.tokens_seen, run.data.state(run.step), run.records.position())
+    saved = save(run.engine, progress, run.config)
+    for warning in saved.warnings:
+        say(run.mesh, f"warning: {warning}")
+    if saved.folder is not None:
+        say(run.mesh, f"step {run.step}: saved {saved.folder}")
+
+
+def _bar(run: Run, steps: int) -> "tqdm[Any]":
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=steps,
+        initial=run.step,
+        disable=not run.mesh.is_first,
+        unit="update",
+        mininterval=0.2 if terminal else 10.0,
+        dynamic_ncols=terminal,
+        ncols=None if terminal else 130,
+    )
+
+
+def _advance(bar: "tqdm[Any]", run: Run, line: dict[str, Any]) -> None:
+    fields = {
+        "loss": f"{line['loss']:.3f}",
+        "lr": f"{line['lr']:.1e}",
+        "tok/s": f"{line['tokens_per_second']:,.0f}",
+        "peak": f"{line['peak_memory_bytes'] / 2**30:.2f}GiB",
+    }
+    utilisation = throughput(run, line["tokens_per_second"])
+    if utilisation is not None:
+        fields["MFU"] = f"{utilisation:.1%}"
+    bar.set_postfix(fields, refresh=False)
+    bar.update()
+
+
+def _finish(
+    run: Run, evaluated: tuple[float, int], rates: list[float], seconds: float
+) -> dict[str, Any]:
+    """Write the sample, the summary and the picture; returns the summary."""
+    loss, tokens = evaluated
+    tokenizer = run.data.tokenizer
+    prompt = tokenizer.encode_batch(["def "])[0] or [tokenizer.eos_id]
+    window = run.config.data.sequence_length
+    written = write_text(
+        run.engine, prompt, count=SAMPLE_TOKENS, window=window, stop=tokenizer.eos_id
+    )
+    text = tokenizer.decode(written)
+    run.records.sample(text)
+    settled = sorted(rates[len(rates) // 10 :])
+    peak = peak_memory(run)
+    summary = {
+        "final_eval_loss": loss,
+        "final_eval_perplexity": perplexity(loss),
+        "eval_tokens": tokens,
+        "eval_mode": run.config.eval_mode,
+        "step": run.step,
+        "tokens_seen": run.tokens_seen,
+        "parameters": run.parameters,
+        "tokens_per_second": settled[len(settled) // 2] if settled else None,
+        "peak_memory_bytes": peak,
+        "estimated_memory_bytes": run.estimate["total"],
+        "wall_seconds": seconds,
+    }
+    run.records.summary(summary)
+    problem = run.records.picture()
+    run.tracker.close()
+    say(run.mesh, f"\nsample:\n{text}\n")
+    say(run.mesh, f"memory: {peak / 2**30:.2f} GiB at most on a rank; estimated before training: "
+                  f"{run.estimate['total'] / 2**30:.2f} GiB")  # fmt: skip
+    say(run.mesh, f"final perplexity {perplexity(loss):.2f} after {run.tokens_seen:,} tokens, {seconds:.0f} s; "
+                  f"results in {run.records.folder}")  # fmt: skip
+    if problem:
+        say(run.mesh, f"warning: {problem}")
+    return summary

@@ -1,0 +1,344 @@
+"""From flags to a validated TrainConfig: layers of defaults, the DeepSpeed JSON, and the cross-checks.
+
+A value comes from the first of: the flag given, the ds JSON, the reference's defaults (where its
+flags are used), the model's recipe, the table of flags. All errors are raised here, before a
+process group, a tokenizer or a model exists.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from sltrain_dist.config import (
+    PRESETS,
+    DataConfig,
+    Dtype,
+    EngineConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from sltrain_dist.optim.schedule import check_schedule
+from sltrain_dist.optim.table import OptimizerFactory
+from sltrain_dist.parallel.ds_config import load_ds_config, resolve_ds_config, stage_of
+from sltrain_dist.train.flags import DTYPES, FLAGS, REFERENCE_DEFAULTS, explicit, token_count
+from sltrain_dist.utils.errors import UserError
+
+_LARGEST_MICRO_BATCH = 16
+POSITIVE = ("rank", "block_size", "max_length", "batch_size", "total_batch_size", "timeout",
+            "gradient_accumulation", "num_training_steps", "max_train_tokens", "lr", "eps",
+            "lora_alpha", "tokenizer_vocab", "cycle_length", "eval_tokens")  # fmt: skip
+NOT_NEGATIVE = ("warmup_steps", "weight_decay", "grad_clipping", "save_every", "eval_every",
+                "keep_last", "workers", "lora_dropout", "beta1", "min_lr_ratio")  # fmt: skip
+BELOW_ONE = ("lora_dropout", "beta1")
+
+
+def resolve(arguments: Sequence[str], world_size: int) -> TrainConfig:
+    """Parse and validate a command line for a run on ``world_size`` ranks.
+
+    Raises:
+        UserError: anything a user can mend, in one line.
+    """
+    given = explicit(arguments)
+    ds_config = load_ds_config(given["ds_config"]) if "ds_config" in given else None
+    reference = "model_config" in given or "peft_model" in given
+    _merge_names(given)
+    model = ModelConfig.load(
+        given.get("model", FLAGS["model"].default),
+        "--model_config" if reference else "--model",
+    )
+    settings = {name: flag.default for name, flag in FLAGS.items()}
+    settings["model"] = model.name
+    settings |= _recipe(model) if not reference else REFERENCE_DEFAULTS
+    if reference:
+        settings |= _reference_data(given, world_size)
+    settings |= _from_ds_config(ds_config) | given
+    _check_ranges(settings)
+    _finish_batches(settings, given, world_size)
+    _finish_steps(settings, given, model)
+    return _build(settings, model, ds_config, arguments, world_size)
+
+
+def _merge_names(given: dict[str, Any]) -> None:
+    """Fold the reference's names into ours; both at once must agree."""
+    for theirs, ours in (("model_config", "model"), ("peft_model", "method")):
+        if theirs not in given:
+            continue
+        value = given.pop(theirs)
+        if given.setdefault(ours, value) != value:
+            raise UserError(
+                f"--{theirs} {value}: contradicts --{ours} {given[ours]}; give one of the two"
+            )
+
+
+def _recipe(model: ModelConfig) -> dict[str, Any]:
+    """The paper's recipe of a preset (presets/recipes.json); other models get rank = hidden / 4."""
+    recipes: dict[str, dict[str, Any]] = json.loads((PRESETS / "recipes.json").read_text())
+    return {"rank": max(1, model.hidden_size // 4), "total_batch_size": 512} | recipes.get(
+        model.name, {}
+    )
+
+
+def _reference_data(given: dict[str, Any], world_size: int) -> dict[str, Any]:
+    if "batch_size" not in given:
+        raise UserError("--batch_size is required beside --model_config, as in the reference")
+    if "corpus" in given:
+        return {}
+    return {"corpus": "c4", "tokenizer": "t5-base", "pack": "padded"}
+
+
+def _from_ds_config(ds_config: dict[str, Any] | None) -> dict[str, Any]:
+    """What a ds JSON fixes by number; "auto" leaves it to flags and defaults."""
+    if ds_config is None:
+        return {}
+    found: dict[str, Any] = {}
+    names = {
+        "train_micro_batch_size_per_gpu": "batch_size",
+        "gradient_accumulation_steps": "gradient_accumulation",
+        "train_batch_size": "total_batch_size",
+        "gradient_clipping": "grad_clipping",
+    }
+    for theirs, ours in names.items():
+        if ds_config.get(theirs, "auto") != "auto":
+            found[ours] = ds_config[theirs]
+    enabled = ds_config.get("bf16", {}).get("enabled", "auto")
+    if enabled != "auto":
+        found["dtype"] = "bfloat16" if enabled else "float32"
+    block = ds_config.get("optimizer", {})
+    if isinstance(block.get("type"), str) and block["type"] != "auto":
+        found["optimizer"] = block["type"].lower()
+    parameters = block.get("params", {})
+    for name in ("lr", "eps", "weight_decay"):
+        if parameters.get(name, "auto") != "auto":
+            found[name] = parameters[name]
+    if parameters.get("betas", "auto") != "auto":
+        found["betas"] = ",".join(str(beta) for beta in parameters["betas"])
+    return found
+
+
+def _check_ranges(settings: dict[str, Any]) -> None:
+    for name in POSITIVE:
+        if (
+            settings[name] is not None
+            and not isinstance(settings[name], str)
+            and settings[name] <= 0
+        ):
+            raise UserError(f"--{name} {settings[name]}: must be positive")
+    for name in NOT_NEGATIVE:
+        if settings[name] is not None and settings[name] < 0:
+            raise UserError(f"--{name} {settings[name]}: must not be negative")
+    for name in BELOW_ONE:
+        if settings[name] >= 1:
+            raise UserError(f"--{name} {settings[name]}: must be below 1")
+    if not 0 <= settings["min_lr_ratio"] <= 1:
+        raise UserError(f"--min_lr_ratio {settings['min_lr_ratio']}: must lie in [0, 1]")
+    if not 0 < settings["sp_ratio"] < 1:
+        raise UserError(f"--sp_ratio {settings['sp_ratio']}: the density must lie in (0, 1)")
+
+
+def _finish_batches(settings: dict[str, Any], given: dict[str, Any], world_size: int) -> None:
+    """Fix micro-batch, accumulation and total, each derived from the others where it was not given."""
+    batch, total, steps = (
+        settings["batch_size"], settings["total_batch_size"], settings["gradient_accumulation"],
+    )  # fmt: skip
+    if "total_batch_size" not in given and steps is not None and batch is not None:
+        total = batch * steps * world_size
+    if total is None:
+        batch = batch or 8
+        total = batch * (steps or 1) * world_size
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    if total % world_size:
+        raise UserError(f"--total_batch_size {total}: not divisible by {ranks}")
+    per_rank = total // world_size
+    if batch is None:
+        share = per_rank // steps if steps and per_rank % steps == 0 else per_rank
+        batch = (
+            share if steps else max(n for n in range(1, _LARGEST_MICRO_BATCH + 1) if share % n == 0)
+        )
+    if "batch_size" not in given and steps is None and per_rank % batch:
+        batch = max(n for n in range(1, batch + 1) if per_rank % n == 0)
+    if per_rank % batch:
+        raise UserError(
+            f"--total_batch_size {total}: not divisible by --batch_size {batch} x {ranks}; "
+            f"the nearest multiple is {max(1, round(total / batch / world_size)) * batch * world_size}"
+        )
+    if steps is not None and batch * steps * world_size != total:
+        raise UserError(
+            f"--gradient_accumulation {steps}: x --batch_size {batch} x {ranks} is "
+            f"{batch * steps * world_size}, not --total_batch_size {total}; leave one of them out"
+        )
+    settings |= {"batch_size": batch, "total_batch_size": total,
+                 "gradient_accumulation": per_rank // batch}  # fmt: skip
+    if settings["single_gpu"] and world_size > 1:
+        raise UserError(f"--single_gpu: the run was started on {ranks}; start one process")
+
+
+def _finish_steps(settings: dict[str, Any], given: dict[str, Any], model: ModelConfig) -> None:
+    """Updates from tokens, warm-up from updates, and the two against each other."""
+    if settings["max_train_tokens"] is not None:
+        per_update = settings["total_batch_size"] * settings["max_length"]
+        settings["num_training_steps"] = settings["max_train_tokens"] // per_update
+        if settings["num_training_steps"] < 1:
+            raise UserError(
+                f"--max_train_tokens {settings['max_train_tokens']}: less than one update of {per_update} tokens"
+            )
+    steps = settings["num_training_steps"]
+    if settings["warmup_steps"] is None or (
+        "warmup_steps" not in given and settings["warmup_steps"] >= steps
+    ):
+        settings["warmup_steps"] = steps // 10
+    if settings["max_length"] > model.max_position_embeddings:
+        raise UserError(
+            f"--max_length {settings['max_length']}: the model has {model.max_position_embeddings} positions "
+            "(max_position_embeddings)"
+        )
+
+
+def _dtype(settings: dict[str, Any]) -> Dtype:
+    name = settings["dtype"]
+    if name is None:
+        return (
+            "bfloat16"
+            if torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            else "float32"
+        )
+    if name not in DTYPES:
+        raise UserError(
+            f"--dtype {name}: train in {', '.join(DTYPES)}; float16 needs loss scaling and is refused"
+        )
+    return DTYPES[name]
+
+
+def _betas(text: str) -> tuple[float, float]:
+    try:
+        first, second = (float(part) for part in str(text).split(","))
+    except ValueError:
+        raise UserError(f"--betas {text}: two numbers are needed, as 0.9,0.999") from None
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise UserError(f"--betas {text}: both must lie in [0, 1)")
+    return first, second
+
+
+def _engine(
+    settings: dict[str, Any], ds_config: dict[str, Any] | None, world_size: int
+) -> EngineConfig:
+    engine: Literal["fsdp", "zero"] = settings["engine"] or (
+        "zero" if ds_config is not None else "fsdp"
+    )
+    if engine == "zero" and ds_config is None:
+        raise UserError(
+            "--engine zero: needs a DeepSpeed JSON; add --ds_config ds_configs/zero2.json"
+        )
+    if engine == "fsdp" and ds_config is not None:
+        raise UserError(
+            f"--engine fsdp: contradicts --ds_config {settings['ds_config']}; drop one of them"
+        )
+    dtype = _dtype(settings)
+    stage = stage_of(ds_config) if ds_config is not None else 0
+    return EngineConfig(
+        engine=engine,
+        stage=stage,
+        ds_config=ds_config,
+        dtype=dtype,
+        master_weights=settings["master_weights"] == "fp32" or dtype == "float32",
+        grad_sync=settings["grad_sync"],
+        batch_size=settings["batch_size"],
+        gradient_accumulation=settings["gradient_accumulation"],
+        seed=settings["seed"],
+    )
+
+
+def _check_hf_model(settings: dict[str, Any], engine: EngineConfig) -> None:
+    if engine.engine == "zero" and engine.stage == 3:
+        raise UserError(
+            "--use_hf_model: transformers builds its modules whole, which ZeRO-3 cannot partition as they are "
+            "made; use --engine fsdp, a ds_config of stage 0 to 2, or leave the flag out (same model, same names)"
+        )
+    for name, only in (("attention", "sdpa"), ("norm", "torch")):
+        if settings[name] not in ("auto", only):
+            raise UserError(
+                f"--{name} {settings[name]}: --use_hf_model runs with {only}; drop one of them"
+            )
+        settings[name] = only
+
+
+def _build(
+    settings: dict[str, Any],
+    model: ModelConfig,
+    ds_config: dict[str, Any] | None,
+    arguments: Sequence[str],
+    world_size: int,
+) -> TrainConfig:
+    """Assemble the dataclasses from finished settings."""
+    method = MethodConfig(
+        method=settings["method"],
+        rank=settings["rank"],
+        density=settings["sp_ratio"],
+        alpha=float(settings["lora_alpha"]),
+        dropout=settings["lora_dropout"],
+        train_scaling=settings["train_scaling"],
+        support=settings["support"],
+        block_size=settings["block_size"],
+        seed=settings["seed"],
+    )
+    eval_tokens = settings["eval_tokens"]
+    data = DataConfig(
+        corpus=settings["corpus"],
+        tokenizer=settings["tokenizer"],
+        pack=settings["pack"],
+        sequence_length=settings["max_length"],
+        cache_dir=settings["cache_dir"],
+        eval_tokens=token_count(eval_tokens) if isinstance(eval_tokens, str) else eval_tokens,
+        workers=settings["workers"],
+        seed=settings["seed"],
+        vocab_size=min(settings["tokenizer_vocab"], model.vocab_size),
+    )
+    optimizer = OptimizerConfig(
+        name=settings["optimizer"].lower(),
+        lr=settings["lr"],
+        betas=_betas(settings["betas"]),
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
+        momentum=settings["beta1"],
+        scheduler=settings["scheduler"],
+        warmup_steps=settings["warmup_steps"],
+        total_steps=settings["num_training_steps"],
+        min_lr_ratio=settings["min_lr_ratio"],
+        cycle_length=settings["cycle_length"],
+        grad_clipping=settings["grad_clipping"],
+    )
+    engine = _engine(settings, ds_config, world_size)
+    OptimizerFactory(optimizer)
+    check_schedule(optimizer)
+    if ds_config is not None:
+        resolve_ds_config(ds_config, engine, optimizer, world_size)
+    if settings["use_hf_model"]:
+        _check_hf_model(settings, engine)
+    return TrainConfig(
+        model=model,
+        method=method,
+        data=data,
+        optimizer=optimizer,
+        engine=engine,
+        total_batch_size=settings["total_batch_size"],
+        eval_every=settings["eval_every"],
+        save_every=settings["save_every"],
+        keep_last=settings["keep_last"],
+        eval_mode=settings["eval_mode"],
+        save_dir=settings["save_dir"] or "",
+        continue_from=settings["continue_from"],
+        attention=settings["attention"],
+        norm=settings["norm"],
+        activation_checkpointing=settings["activation_checkpointing"],
+        compile=settings["compile"],
+        use_hf_model=settings["use_hf_model"],
+        loss_average=settings["loss_average"],
+        tracker=settings["tracker"],
+        name=settings["name"] or "",
+        tags=tuple(settings["tags"].split(",")) if settings["tags"] else (),
+        timeout=settings["timeout"],
+        command=tuple(arguments),
+    )

@@ -1,0 +1,169 @@
+"""What a user reads before training: the run in a screenful, and an estimate of its memory.
+
+The estimate adds up, per rank, with P trained elements, n ranks, w bytes a weight:
+    weights     P w, over n under ZeRO-3 and FSDP2; plus the fp32 master, 4 P, sharded from ZeRO-1 on
+    gradients   4 P (accumulated in fp32), over n from ZeRO-2 on
+    optimizer   4 P for each state, over n from ZeRO-1 on
+    indices     1 or 4 bytes per entry of S, over n under ZeRO-3 and FSDP2
+    activations per token and layer what autograd keeps, 7 D + 3 F + D KV/H elements (D alone under
+                checkpointing, and one layer whole), and W of the largest linear, twice
+    loss        fp32 logits of one chunk and the gradients of head and hidden states
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sltrain_dist.config import TrainConfig
+from sltrain_dist.model.flops import model_flops_per_token
+from sltrain_dist.optim.table import describe
+from sltrain_dist.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from sltrain_dist.train.build import Run
+
+# Dense bf16 FLOP/s without sparsity, from the vendors' data sheets.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+_STATES = {"adamw": 2, "adam": 2, "sgd": 1, "adafactor": 0}
+_LOSS_CHUNK = 1024  # tokens whose logits are alive at once, about
+
+
+def say(mesh: Mesh, text: str) -> None:
+    """Print on the first rank alone."""
+    if mesh.is_first:
+        print(text, flush=True)
+
+
+def estimate_memory(config: TrainConfig, parameters: dict[str, int], ranks: int) -> dict[str, int]:
+    """Bytes per rank by purpose (see the top of this file), and their "total"."""
+    engine, model = config.engine, config.model
+    stage = 3 if engine.engine == "fsdp" else engine.stage
+    elements, half = parameters["total"], engine.dtype == "bfloat16"
+    width = 2 if half else 4
+    states = 4 * _STATES.get(config.optimizer.name, 2) * elements
+    if not engine.master_weights and engine.engine == "fsdp":
+        states //= 2
+    master = 4 * elements if half and engine.master_weights else 0
+    weights = 0 if master and engine.engine == "fsdp" else elements * width
+    tokens = engine.batch_size * config.data.sequence_length
+    hidden, ff = model.hidden_size, model.padded_intermediate_size
+    kv = hidden * model.num_key_value_heads // model.num_attention_heads
+    layer = (7 * hidden + 3 * ff + kv) * width
+    layers = model.num_hidden_layers
+    if config.activation_checkpointing == "block":
+        activations = tokens * (hidden * width * layers + layer)
+    else:
+        activations = tokens * layer * layers
+    activations += 2 * hidden * ff * width
+    chunk = min(tokens, _LOSS_CHUNK)
+    loss = 2 * 4 * chunk * model.padded_vocab_size + 4 * model.padded_vocab_size * hidden
+
+    def sharded(size: int, from_stage: int) -> int:
+        return size // ranks if stage >= from_stage else size
+
+    result = {
+        "weights": sharded(weights, 3) + sharded(master, 1),
+        "gradients": sharded(4 * elements, 2),
+        "optimizer": sharded(states, 1),
+        "indices": sharded(parameters["indices_bytes"], 3),
+        "activations": activations,
+        "loss": loss,
+    }
+    return result | {"total": sum(result.values())}
+
+
+def peak_flops() -> float | None:
+    """FLOP/s of this GPU in bf16, None where unknown (so no MFU is printed)."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
+
+
+def throughput(run: "Run", tokens_per_second: float) -> float | None:
+    """Model FLOPs utilisation over all ranks' GPUs, or None where the peak is unknown."""
+    peak = peak_flops()
+    if peak is None:
+        return None
+    config = run.config
+    flops = model_flops_per_token(config.model, config.method, config.data.sequence_length)
+    return tokens_per_second * flops.total / (peak * run.mesh.world_size)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f}M"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def print_summary(run: "Run", attention: str, norm: str) -> None:
+    """Print what is about to be trained, on the first rank."""
+    config, counts, engine = run.config, run.parameters, run.config.engine
+    kinds = ", ".join(
+        f"{kind} {_millions(counts[kind])}" for kind in ("low_rank", "sparse", "dense")
+    )
+    left = config.optimizer.total_steps - run.step
+    parts = ", ".join(
+        f"{name} {_gib(size)}" for name, size in run.estimate.items() if name != "total"
+    )
+    rows = {
+        "run": f"{run.records.folder}",
+        "model": f"{config.model.name}{' (transformers)' if config.use_hf_model else ''}",
+        "method": _method(run),
+        "parameters": f"{_millions(counts['total'])} trained: {kinds}; "
+        f"indices {counts['indices_bytes'] / 1e6:.2f} MB",
+        "data": run.data.description,
+        "optimizer": _optimizer(run),
+        "engine": f"{run.engine.name} on {run.mesh.world_size} x {run.mesh.device.type}, {_formats(config)}",
+        "back ends": f"attention {attention}, norm {norm}, tracker {run.tracker.description}",
+        "batch": f"{config.total_batch_size} sequences x {config.data.sequence_length} tokens = "
+        f"{engine.batch_size} x {run.mesh.dp_size} ranks x {engine.gradient_accumulation} micro-batches",
+        "training": f"{left:,} updates, {left * config.tokens_per_update:,} tokens planned",
+        "memory": f"about {_gib(run.estimate['total'])} a rank: {parts}",
+    }
+    for name, text in rows.items():
+        say(run.mesh, f"{name:<11} {text}")
+
+
+def _method(run: "Run") -> str:
+    method = run.config.method
+    if method.method == "full":
+        return "full"
+    scale = "tanh(scaling), trained" if method.train_scaling else f"{method.scale:g}"
+    text = f"{method.method}, rank {method.rank}, scale {scale}"
+    if method.method == "sltrain":
+        reached = f"density {_density(run):.4f} (asked {method.density:g})"
+        text += f", support {method.support}, {reached}"
+    return text
+
+
+def _optimizer(run: "Run") -> str:
+    """The optimizer that is live in the engine, not the one asked for."""
+    config = run.config.optimizer
+    return (
+        f"{describe(run.engine.optimizer)['class']}, lr {config.lr:g}, {config.scheduler}, "
+        f"{config.warmup_steps} warm-up updates, weight decay {config.weight_decay:g}, "
+        f"clip {config.grad_clipping or 'off'}"
+    )
+
+
+def _formats(config: TrainConfig) -> str:
+    if config.engine.dtype == "float32":
+        return "float32"
+    master = "fp32 master weights" if config.engine.master_weights else "no master weights"
+    return f"bfloat16, {master}"
+
+
+def _density(run: "Run") -> float:
+    """The density really reached: entries of S over entries of the matrices that have one."""
+    from sltrain_dist.params.linears import SLTrain
+
+    entries = elements = 0.0
+    for module in run.engine.module.modules():
+        if isinstance(module, SLTrain):
+            size = module.shape.logical_out * module.shape.logical_in
+            entries += module.support.density * size
+            elements += size
+    return entries / elements if elements else 0.0

@@ -1,0 +1,110 @@
+"""Where curves go beside metrics.jsonl: Weights & Biases or TensorBoard, on the first rank only.
+
+wandb runs offline unless it is logged in, and never asks anything.
+"""
+
+import importlib.util
+import netrc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from sltrain_dist.config import TrainConfig
+from sltrain_dist.utils.errors import UserError
+
+
+class Tracker(Protocol):
+    """Takes the same lines as metrics.jsonl."""
+
+    description: str
+
+    def log(self, line: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoTracker:
+    """Throws everything away."""
+
+    description = "none"
+
+    def log(self, line: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Wandb:
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        import wandb
+
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "sltrain_dist"),
+            name=config.name or folder.name,
+            tags=list(config.tags),
+            dir=str(folder),
+            config=config.to_json(),
+            mode=mode,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self.description = f"wandb, {mode}"
+
+    def log(self, line: dict[str, Any]) -> None:
+        self._run.log(
+            {key: value for key, value in line.items() if key != "step"}, step=line["step"]
+        )
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class _TensorBoard:
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer.add_text("command", " ".join(config.command))
+        self.description = "tensorboard"
+
+    def log(self, line: dict[str, Any]) -> None:
+        for key, value in line.items():
+            if key != "step" and value is not None:
+                self._writer.add_scalar(key, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+TRACKERS: dict[str, Callable[[TrainConfig, Path], Tracker]] = {
+    "wandb": _Wandb,
+    "tensorboard": _TensorBoard,
+}
+
+
+def open_tracker(config: TrainConfig, folder: Path) -> Tracker:
+    """The tracker that --tracker names; ``auto`` takes the first one installed, or none.
+
+    Raises:
+        UserError: a named tracker is not installed.
+    """
+    if config.tracker == "none":
+        return NoTracker()
+    wanted = list(TRACKERS) if config.tracker == "auto" else [config.tracker]
+    for name in wanted:
+        if importlib.util.find_spec(name) is not None:
+            return TRACKERS[name](config, folder)
+    if config.tracker != "auto":
+        raise UserError(f"--tracker {config.tracker}: not installed; pip install {config.tracker}")
+    return NoTracker()

@@ -1,0 +1,1 @@
+"""Tests of the whole package; they mirror its folders."""

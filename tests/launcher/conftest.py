@@ -1,0 +1,30 @@
+"""Inputs shared by the launcher tests."""
+
+import pytest
+
+from tests.launcher import tiny
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.write_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """Run launcher/pretrain.py inside this process, as one process without a launcher."""
+    from launcher import pretrain
+
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores whatever the run sets
+        monkeypatch.delenv(name)
+    return pretrain.main

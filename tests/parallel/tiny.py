@@ -1,0 +1,113 @@
+"""What the engine tests train: a tiny model, deterministic batches, and a loop of a few lines.
+
+Labels are ignored in unequal numbers per rank and micro-batch, so that an engine that averages
+averages, instead of summing token losses, gives another curve.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltrain_dist.config import EngineConfig, MethodConfig, ModelConfig, OptimizerConfig
+from sltrain_dist.model.llama import Llama
+from sltrain_dist.optim import OptimizerFactory
+from sltrain_dist.parallel.engine import Engine, ModelFactory, build_engine
+from sltrain_dist.parallel.mesh import Mesh, sum_over_ranks
+
+LENGTH, GLOBAL_BATCH, ACCUMULATION = 16, 8, 2
+METHOD = MethodConfig(rank=8, density=0.1, alpha=8.0, seed=3)
+OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.05, grad_clipping=1.0)
+
+
+MODEL = ModelConfig(
+    name="tiny",
+    vocab_size=250,  # padded to 256: the padding takes part in everything and must not matter
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    initializer_range=0.1,
+)
+
+SMALL = dataclasses.replace(MODEL, num_hidden_layers=1)  # where one block shows as much as two
+
+
+def tiny_factory(
+    method: MethodConfig = METHOD, model: ModelConfig = SMALL, **options: Any
+) -> ModelFactory:
+    def make(*, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        return Llama(model, method, device=device, dtype=dtype, **options)
+
+    return make
+
+
+def batch(update: int) -> tuple[Tensor, Tensor]:
+    """The global batch of an update: arithmetic sequences, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(1000 + update)
+    start = torch.randint(MODEL.vocab_size, (GLOBAL_BATCH, 1), generator=generator)
+    stride = torch.randint(1, 4, (GLOBAL_BATCH, 1), generator=generator)
+    tokens = (start + stride * torch.arange(LENGTH + 1)) % MODEL.vocab_size
+    labels = tokens[:, 1:].clone()
+    for row in range(GLOBAL_BATCH):  # row 0 loses 1 label, row 7 loses 15
+        labels[row, : 1 + 2 * row] = -100
+    return tokens[:, :-1].contiguous(), labels
+
+
+def micro_batches(mesh: Mesh, update: int) -> list[tuple[Tensor, Tensor]]:
+    """This rank's slices of the global batch; their union is the same for every number of ranks."""
+    tokens, labels = batch(update)
+    size = GLOBAL_BATCH // ACCUMULATION // mesh.dp_size
+    starts = [(m * mesh.dp_size + mesh.dp_rank) * size for m in range(ACCUMULATION)]
+    return [(tokens[s : s + size], labels[s : s + size]) for s in starts]
+
+
+def update(
+    engine: Engine, number: int, lr: float, loss_hook: Callable[[Tensor], Tensor] | None = None
+) -> tuple[float, float]:
+    """One update; returns (mean token loss over all ranks, gradient norm)."""
+    parts = micro_batches(engine.mesh, number)
+    valid = torch.tensor(float(sum(int((labels != -100).sum()) for _, labels in parts)))
+    valid = sum_over_ranks(engine.mesh, valid)
+    total = torch.zeros(())
+    for index, (tokens, labels) in enumerate(parts):
+        loss = engine.module(tokens, labels) / valid
+        total += loss.detach()
+        loss = loss_hook(loss) if loss_hook is not None else loss
+        engine.accumulate(loss, last=index == len(parts) - 1)
+    return sum_over_ranks(engine.mesh, total).item(), engine.step(lr)
+
+
+def config(kind: str, dp_size: int, **changes: Any) -> EngineConfig:
+    """Engine configuration of "fsdp" or "zero0" ... "zero3"."""
+    stage = int(kind[4:]) if kind.startswith("zero") else 0
+    values: dict[str, Any] = {
+        "engine": "zero" if kind.startswith("zero") else kind,
+        "stage": stage,
+        "batch_size": GLOBAL_BATCH // ACCUMULATION // dp_size,
+        "gradient_accumulation": ACCUMULATION,
+    }
+    return EngineConfig(**(values | changes))
+
+
+def build(
+    mesh: Mesh,
+    kind: str,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    method: MethodConfig = METHOD,
+    model: ModelConfig = SMALL,
+    **changes: Any,
+) -> Engine:
+    """A fresh engine over the tiny model."""
+    factory = tiny_factory(method, model)
+    engine_config = config(kind, mesh.dp_size, **changes)
+    return build_engine(factory, mesh, engine_config, OptimizerFactory(optimizer), method.seed)
+
+
+def train(engine: Engine, first: int, count: int, lr: float = 1e-2) -> list[tuple[float, float]]:
+    """Updates [first, first + count): their losses and gradient norms."""
+    return [update(engine, number, lr) for number in range(first, first + count)]

@@ -1,0 +1,215 @@
+"""From command line to TrainConfig: layers of defaults, the reference's usage, and one line per mistake."""
+
+import json
+
+import pytest
+
+from sltrain_dist.config import ModelConfig
+from sltrain_dist.train.flags import FLAGS, parser, token_count
+from sltrain_dist.train.settings import resolve
+from sltrain_dist.utils.errors import UserError
+
+PUBLISHED = (
+    "--model_config configs/llama_60m.json --lr 0.003 --peft_model sltrain --optimizer adamw --rank 128 "
+    "--sp_ratio 0.03 --batch_size 256 --total_batch_size 512 --num_training_steps 11000 --warmup_steps 1100 "
+    "--weight_decay 0 --dtype bfloat16 --eval_every 1000 --lora_alpha 32"
+)
+REFERENCE_FLAGS = set(
+    "model_config lr peft_model optimizer rank sp_ratio lora_alpha batch_size total_batch_size "
+    "num_training_steps max_train_tokens warmup_steps weight_decay dtype eval_every save_every save_dir "
+    "continue_from max_length grad_clipping activation_checkpointing scheduler min_lr_ratio seed workers "
+    "name train_scaling single_gpu gradient_accumulation use_hf_model tags beta1 lora_dropout".split()
+)
+
+
+def config(line="", world_size=1):
+    return resolve(line.split(), world_size)
+
+
+def write_ds(tmp_path, **content):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_every_flag_of_the_reference_exists():
+    assert set(FLAGS) >= REFERENCE_FLAGS
+    switches = "--activation_checkpointing --train_scaling --single_gpu --use_hf_model"
+    got = config(f"{PUBLISHED} {switches} --tags a,b --max_train_tokens 1B")
+    assert got.activation_checkpointing == "block"
+    assert got.method.train_scaling
+    assert got.use_hf_model
+    assert got.tags == ("a", "b")
+    assert got.optimizer.total_steps == 10**9 // (512 * 256)
+
+
+def test_published_command():
+    got = config(PUBLISHED)
+    assert got.data.corpus == "c4"
+    assert got.data.tokenizer == "t5-base"
+    assert got.data.pack == "padded"
+    assert got.data.sequence_length == 256
+    assert (got.method.method, got.method.support, got.method.rank) == ("sltrain", "uniform", 128)
+    assert (got.engine.dtype, got.engine.master_weights) == ("bfloat16", False)
+    assert (got.engine.batch_size, got.engine.gradient_accumulation) == (256, 2)
+    assert (got.optimizer.name, got.optimizer.lr, got.optimizer.min_lr_ratio) == (
+        "adamw",
+        3e-3,
+        0.1,
+    )
+    assert got.save_every == 10_000
+
+
+def test_reference_defaults():
+    got = config("--model_config llama_9m --batch_size 4")
+    assert (got.method.method, got.optimizer.name, got.optimizer.lr) == ("full", "adam", 1e-4)
+    assert (got.optimizer.total_steps, got.optimizer.warmup_steps) == (10_000, 1000)
+    assert got.total_batch_size == 4
+    with_text = config("--model_config llama_9m --batch_size 4 --corpus stdlib")
+    assert (with_text.data.corpus, with_text.data.tokenizer, with_text.data.pack) == (
+        "stdlib",
+        None,
+        "packed",
+    )
+
+
+def test_our_defaults():
+    got = config()
+    assert got.model.name == "llama_demo"
+    assert (got.data.corpus, got.data.pack, got.method.support) == ("stdlib", "packed", "fan_in")
+    assert got.engine.engine == "fsdp"
+
+
+@pytest.mark.parametrize(
+    ("size", "rank"), [("60m", 128), ("130m", 256), ("350m", 256), ("1b", 512)]
+)
+def test_recipes(size, rank):
+    got = config(f"--model llama_{size}")
+    assert (got.method.rank, got.total_batch_size, got.optimizer.lr) == (rank, 512, 3e-3)
+
+
+@pytest.mark.parametrize("name", ModelConfig.presets())
+def test_every_preset_resolves(name):
+    assert config(f"--model {name} --optimizer adamw --corpus stdlib").model.name == name
+
+
+def test_flag_beats_ds_json_beats_recipe(tmp_path):
+    path = write_ds(
+        tmp_path, train_batch_size=32, gradient_clipping=0.5, zero_optimization={"stage": 1}
+    )
+    got = config(f"--ds_config {path}")
+    assert (got.engine.engine, got.engine.stage) == ("zero", 1)
+    assert (got.total_batch_size, got.optimizer.grad_clipping) == (32, 0.5)
+    with pytest.raises(UserError, match="gradient_clipping"):
+        config(f"--ds_config {path} --grad_clipping 2")
+    with pytest.raises(UserError, match="train_batch_size"):
+        config(f"--ds_config {path} --total_batch_size 64")
+
+
+def test_ds_precision(tmp_path):
+    path = write_ds(tmp_path, bf16={"enabled": True}, zero_optimization={"stage": 2})
+    assert config(f"--ds_config {path}").engine.dtype == "bfloat16"
+    with pytest.raises(UserError, match="bf16"):
+        config(f"--ds_config {path} --dtype float32")
+
+
+@pytest.mark.parametrize(
+    ("line", "world_size", "expected"),
+    [
+        ("--total_batch_size 64 --batch_size 4", 2, (4, 64, 8)),
+        ("--total_batch_size 64 --gradient_accumulation 4", 2, (8, 64, 4)),
+        ("--batch_size 4 --gradient_accumulation 3", 2, (4, 24, 3)),
+        ("--total_batch_size 34", 2, (1, 34, 17)),
+        ("--total_batch_size 6 --batch_size 3 --gradient_accumulation 2", 1, (3, 6, 2)),
+    ],
+)
+def test_batches(line, world_size, expected):
+    got = config(line, world_size)
+    engine = got.engine
+    assert (engine.batch_size, got.total_batch_size, engine.gradient_accumulation) == expected
+
+
+MISTAKES = [
+    ("--model nothing", "--model nothing: no such file or preset"),
+    ("--model_config /no/such.json", "--model_config /no/such.json: no such file"),
+    ("--model llama_9m --model_config llama_20m", "--model_config llama_20m: contradicts --model"),
+    ("--method full --peft_model sltrain", "--peft_model sltrain: contradicts --method full"),
+    ("--model_config llama_9m", "--batch_size is required"),
+    ("--ds_config /no/ds.json", "--ds_config /no/ds.json: no such file"),
+    ("--engine zero", "--engine zero: needs a DeepSpeed JSON"),
+    ("--engine fsdp --ds_config ds_configs/zero2.json", "--engine fsdp: contradicts --ds_config"),
+    ("--rank 0", "--rank 0: must be positive"),
+    ("--sp_ratio 0", "--sp_ratio 0.0: the density must lie in"),
+    ("--sp_ratio 1", "--sp_ratio 1.0: the density must lie in"),
+    ("--sp_ratio x", "--sp_ratio: invalid float value"),
+    ("--lr -1", "--lr -1.0: must be positive"),
+    (
+        "--total_batch_size 10 --batch_size 4",
+        "--total_batch_size 10: not divisible by --batch_size 4",
+    ),
+    ("--batch_size 4 --total_batch_size 8 --gradient_accumulation 3", "--gradient_accumulation 3"),
+    ("--dtype float16", "--dtype float16"),
+    ("--optimizer adam8bit", "--optimizer adam8bit: not in this version"),
+    ("--optimizer nope", "--optimizer nope: unknown"),
+    ("--max_length 4096", "--max_length 4096: the model has 1024 positions"),
+    ("--scheduler cosine_restarts --cycle_length 45", "--cycle_length 45"),
+    ("--warmup_steps 500", "--warmup_steps 500"),
+    ("--max_train_tokens 10", "--max_train_tokens 10: less than one update"),
+    ("--betas 0.9", "--betas 0.9: two numbers"),
+    ("--min_lr_ratio 2", "--min_lr_ratio 2.0"),
+    ("--lora_dropout 1", "--lora_dropout 1.0: must be below 1"),
+    ("--nonsense 3", "unrecognized arguments: --nonsense 3"),
+    ("--pack loose", "--pack: invalid choice: 'loose'"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_mistakes_get_one_line(line, message):
+    with pytest.raises(UserError) as caught:
+        config(line)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_of_ranks():
+    with pytest.raises(UserError, match="--total_batch_size 7: not divisible by 2 ranks"):
+        config("--total_batch_size 7", 2)
+    with pytest.raises(UserError, match="--single_gpu"):
+        config("--single_gpu", 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a readable JSON file"),
+        ("[]", "model_type is 'list'"),
+        ('{"model_type": "gpt2"}', "model_type is 'gpt2'"),
+        ('{"model_type": "llama", "vocab_size": 0}', "vocab_size is 0"),
+    ],
+)
+def test_model_config_files(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        config(f"--model {path}")
+
+
+def test_malformed_ds_json(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_batch_size": ')
+    with pytest.raises(UserError, match="not a readable JSON file"):
+        config(f"--ds_config {path}")
+
+
+def test_token_counts():
+    assert [token_count(t) for t in ("100M", "1.5B", "20k", "7")] == [10**8, 15 * 10**8, 20_000, 7]
+
+
+def test_help_names_every_flag_with_its_default():
+    text = parser().format_help()
+    for group in ("model and method", "data", "optimization", "run", "engine"):
+        assert f"\n{group}:" in text
+    for name, flag in FLAGS.items():
+        if name != "local_rank":
+            assert f"--{name}" in text
+            assert flag.help
