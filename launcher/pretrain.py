@@ -8,6 +8,9 @@ import os
 import sys
 import time
 
+# Threads that spin while they wait bring a machine shared with anyone else to a crawl. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 def main(arguments: list[str]) -> int:
     """Parse, build, train."""

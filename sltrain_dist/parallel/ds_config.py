@@ -117,9 +117,20 @@ def resolve_ds_config(
     return config
 
 
-def stage_of(config: dict[str, Any]) -> int:
-    """The ZeRO stage of a resolved configuration."""
-    return int(config["zero_optimization"]["stage"])
+def stage_of(config: dict[str, Any], automatic: int = EngineConfig.stage) -> int:
+    """The ZeRO stage a configuration asks for, resolved or not; ``automatic`` where it says "auto".
+
+    Raises:
+        UserError: the stage is not one of 0, 1, 2, 3.
+    """
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f'{FLAG}: "zero_optimization" must be an object, not {zero!r}')
+    stage = zero.get("stage", 0)  # DeepSpeed's default
+    stage = automatic if stage == AUTO else stage
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f'{FLAG}: "zero_optimization.stage" is {stage!r}; it must be 0, 1, 2 or 3')
+    return int(stage)
 
 
 def _refuse_unknown(config: dict[str, Any]) -> None:
@@ -182,11 +193,12 @@ def _resolve_zero(config: dict[str, Any], engine: EngineConfig) -> int:
     for key in _ZERO_REFUSED:
         if zero.get(key):
             raise UserError(f'{FLAG}: "zero_optimization.{key}" is not supported; delete it')
-    stage = zero.get("stage", 0)
-    stage = engine.stage if stage == AUTO else stage
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise UserError(f'{FLAG}: "zero_optimization.stage" is {stage!r}; it must be 0, 1, 2 or 3')
-    zero["stage"] = stage
+    zero["stage"] = stage = stage_of(config, engine.stage)
+    if engine.grad_sync == "last" and stage >= 2:
+        raise UserError(
+            f"--grad_sync last: ZeRO stage {stage} partitions gradients, so it must reduce every micro-batch;"
+            " use --grad_sync each, stage 0 or 1 (which reduce once anyway), or --engine fsdp"
+        )
     for key in ("offload_optimizer", "offload_param"):
         _check_offload(zero, key, stage)
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
@@ -194,7 +206,7 @@ def _resolve_zero(config: dict[str, Any], engine: EngineConfig) -> int:
             zero[key] = _BUCKET
     for key in [key for key, value in zero.items() if value == AUTO]:
         del zero[key]  # DeepSpeed's own default
-    return int(stage)
+    return stage
 
 
 def _check_offload(zero: dict[str, Any], key: str, stage: int) -> None:

@@ -82,10 +82,10 @@ class FsdpEngine:
         gradients = self._gradients()
         norm = self._global_norm(list(gradients.values()))
         if math.isfinite(value := norm.item()):
-            factor = clip_factor(norm, self.clip) if self.clip > 0 else None
+            if self.clip > 0:
+                torch._foreach_mul_(list(gradients.values()), clip_factor(norm, self.clip))
             for name, local in self.local.items():
-                gradient = gradients[name] if factor is None else gradients[name] * factor
-                local.grad = gradient.to(local.dtype)
+                local.grad = gradients[name].to(local.dtype)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -239,14 +239,15 @@ def _fill(
 
 
 def _to_real(model: nn.Module, device: torch.device) -> None:
-    """Allocate the shards of a meta model; `to_empty` makes two tensors of a tied one, so tie it again."""
+    """Allocate the shards of a meta model; this makes two tensors of a tied one, so tie it again."""
     first_names: dict[int, str] = {}
     ties = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = first_names.setdefault(id(parameter), name)
         if first != name:
             ties[name] = first
-    model.to_empty(device=device)
+    # Not to_empty, which would also wipe buffers that are real already.
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     for name, first in ties.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(first))

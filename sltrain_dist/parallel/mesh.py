@@ -102,7 +102,7 @@ def initialise(timeout: float = 600.0, device: str | None = None) -> Mesh:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             # One process needs no rendezvous, so no port that a firewall or another run could block.
-            store=torch._C._distributed_c10d.HashStore() if world_size == 1 else None,
+            store=dist.HashStore() if world_size == 1 else None,  # type: ignore[attr-defined]
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),

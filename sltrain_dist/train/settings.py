@@ -251,12 +251,8 @@ def _engine(
     )
 
 
-def _check_hf_model(settings: dict[str, Any], engine: EngineConfig) -> None:
-    if engine.engine == "zero" and engine.stage == 3:
-        raise UserError(
-            "--use_hf_model: transformers builds its modules whole, which ZeRO-3 cannot partition as they are "
-            "made; use --engine fsdp, a ds_config of stage 0 to 2, or leave the flag out (same model, same names)"
-        )
+def _check_hf_model(settings: dict[str, Any]) -> None:
+    """Transformers' decoder brings its own attention; fix both back ends to what runs."""
     for name, only in (("attention", "sdpa"), ("norm", "torch")):
         if settings[name] not in ("auto", only):
             raise UserError(
@@ -316,7 +312,7 @@ def _build(
     if ds_config is not None:
         resolve_ds_config(ds_config, engine, optimizer, world_size)
     if settings["use_hf_model"]:
-        _check_hf_model(settings, engine)
+        _check_hf_model(settings)
     return TrainConfig(
         model=model,
         method=method,

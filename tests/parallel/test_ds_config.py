@@ -1,5 +1,6 @@
 """The DeepSpeed JSON is filled from the flags, and contradictions end the run before anything is built."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -128,6 +129,23 @@ def test_bfloat16_accumulates_and_reduces_in_float32() -> None:
         _resolve(
             {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}, HALF
         )
+
+
+def test_the_stage_can_be_asked_before_anything_is_resolved() -> None:
+    assert stage_of({}) == 0
+    assert stage_of({"zero_optimization": {"stage": "auto"}}) == EngineConfig.stage
+    assert stage_of({"zero_optimization": {"stage": 3}}) == 3
+    for bad in ({"stage": "three"}, {"stage": None}, 2):
+        with pytest.raises(UserError, match="zero_optimization"):
+            stage_of({"zero_optimization": bad})
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_reducing_once_an_update_is_refused_where_gradients_are_partitioned(stage: int) -> None:
+    engine = dataclasses.replace(ENGINE, grad_sync="last")
+    with pytest.raises(UserError, match=f"--grad_sync last: ZeRO stage {stage}"):
+        _resolve({"zero_optimization": {"stage": stage}}, engine)
+    _resolve({"zero_optimization": {"stage": 1}}, engine)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
