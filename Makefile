@@ -16,7 +16,7 @@ pretrain: setup
 	deepspeed launcher/pretrain.py --ds_config ds_configs/zero2.json $(ARGS)
 
 test: setup
-	python -m pytest $(ARGS)
+	python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	ruff check .

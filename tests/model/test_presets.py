@@ -22,7 +22,7 @@ SIZES = {  # hidden, MLP width, layers, heads
     "3b": (2560, 6848, 32, 32),
     "7b": (4096, 11008, 32, 32),
     "13b": (5120, 13824, 40, 40),
-    "demo": (256, 688, 4, 4),
+    "demo": (128, 352, 4, 4),
 }
 PARAMETERS = {  # millions: full rank, SLTrain with (rank, density) of the published recipe
     "60m": (58.1, 43.5, 128, 0.03),
