@@ -26,7 +26,7 @@ from sltrain_dist.parallel.mesh import Mesh, gather_objects
 from sltrain_dist.params import count_parameters
 from sltrain_dist.train.checkpoint import Found, find, load
 from sltrain_dist.train.run_folder import Records, choose_folder, claim_folder
-from sltrain_dist.train.summary import estimate_memory, print_summary, say
+from sltrain_dist.train.summary import estimate_memory, peak_memory, print_summary, say
 from sltrain_dist.train.tracker import NoTracker, Tracker, open_tracker
 from sltrain_dist.utils.errors import UserError
 
@@ -45,6 +45,7 @@ class Run:
     tracker: Tracker
     parameters: dict[str, int]  # params.count_parameters
     estimate: dict[str, int]  # bytes by purpose, before training
+    baseline: int  # bytes a rank used before the model existed: the interpreter and its libraries
     step: int = 0
     tokens_seen: int = 0
 
@@ -81,13 +82,14 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     factory = partial(make_model, config, attention, norm)
     parameters = count_parameters(factory(device="meta", dtype=torch.float32))
     _seed(config.engine.seed, mesh.dp_rank)
+    baseline = peak_memory(mesh)
     optimizer = OptimizerFactory(config.optimizer)
     engine = build_engine(factory, mesh, config.engine, optimizer, config.method.seed)
     assert_live(engine.optimizer, config.optimizer)
     records = Records(folder, mesh.is_first)
     tracker = open_tracker(config, folder) if mesh.is_first else NoTracker()
     estimate = estimate_memory(config, parameters, mesh.dp_size)
-    run = Run(config, mesh, data, engine, records, tracker, parameters, estimate)
+    run = Run(config, mesh, data, engine, records, tracker, parameters, estimate, baseline)
     _resume(run, found)
     records.config(config)
     print_summary(run, attention, norm)

@@ -4,7 +4,6 @@ The loss of an update is the sum of token losses over all valid tokens of all ra
 micro-batches, divided by their number: it does not depend on how the batch was cut.
 """
 
-import resource
 import sys
 import time
 from typing import Any
@@ -14,11 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sltrain_dist.optim.schedule import learning_rate
-from sltrain_dist.parallel.mesh import max_over_ranks, sum_over_ranks
+from sltrain_dist.parallel.mesh import sum_over_ranks
 from sltrain_dist.train.build import Run
 from sltrain_dist.train.checkpoint import Progress, save
 from sltrain_dist.train.evaluate import Batch, evaluate, perplexity, write_text
-from sltrain_dist.train.summary import say, throughput
+from sltrain_dist.train.summary import human_bytes, peak_memory, say, throughput
 
 SAMPLE_TOKENS = 80
 
@@ -44,7 +43,7 @@ def train(run: Run) -> dict[str, Any]:
                 "grad_norm": norm,
                 "tokens_seen": run.tokens_seen,
                 "tokens_per_second": rates[-1],
-                "peak_memory_bytes": peak_memory(run),
+                "peak_memory_bytes": peak_memory(run.mesh),
             }
             _record(run, line)
             _advance(bar, run, line)
@@ -80,17 +79,6 @@ def update(run: Run, micro_batches: list[Batch], lr: float) -> tuple[float, int,
         total += share.detach()
     norm = engine.step(lr)
     return float(sum_over_ranks(mesh, total)), int(valid), norm
-
-
-def peak_memory(run: Run) -> int:
-    """Bytes: the most any rank has used so far, of GPU memory or else resident in RAM."""
-    if run.mesh.device.type == "cuda":
-        used = torch.cuda.max_memory_allocated()
-    else:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
-    return int(max_over_ranks(run.mesh, torch.tensor(used)))
 
 
 def _record(run: Run, line: dict[str, Any]) -> None:
@@ -143,7 +131,7 @@ def _advance(bar: "tqdm[Any]", run: Run, line: dict[str, Any]) -> None:
         "loss": f"{line['loss']:.3f}",
         "lr": f"{line['lr']:.1e}",
         "tok/s": f"{line['tokens_per_second']:,.0f}",
-        "peak": f"{line['peak_memory_bytes'] / 2**30:.2f}GiB",
+        "peak": human_bytes(line["peak_memory_bytes"]),
     }
     utilisation = throughput(run, line["tokens_per_second"])
     if utilisation is not None:
@@ -166,7 +154,7 @@ def _finish(
     text = tokenizer.decode(written)
     run.records.sample(text)
     settled = sorted(rates[len(rates) // 10 :])
-    peak = peak_memory(run)
+    peak = peak_memory(run.mesh)
     summary = {
         "final_eval_loss": loss,
         "final_eval_perplexity": perplexity(loss),
@@ -177,6 +165,7 @@ def _finish(
         "parameters": run.parameters,
         "tokens_per_second": settled[len(settled) // 2] if settled else None,
         "peak_memory_bytes": peak,
+        "baseline_memory_bytes": run.baseline,
         "estimated_memory_bytes": run.estimate["total"],
         "wall_seconds": seconds,
     }
@@ -184,8 +173,11 @@ def _finish(
     problem = run.records.picture()
     run.tracker.close()
     say(run.mesh, f"\nsample:\n{text}\n")
-    say(run.mesh, f"memory: {peak / 2**30:.2f} GiB at most on a rank; estimated before training: "
-                  f"{run.estimate['total'] / 2**30:.2f} GiB")  # fmt: skip
+    say(
+        run.mesh,
+        f"memory: {human_bytes(peak)} at most on a rank, {human_bytes(run.baseline)} of it before the model; "
+        f"the estimate was {human_bytes(run.estimate['total'])}",
+    )
     say(run.mesh, f"final perplexity {perplexity(loss):.2f} after {run.tokens_seen:,} tokens, {seconds:.0f} s; "
                   f"results in {run.records.folder}")  # fmt: skip
     if problem:

@@ -129,40 +129,47 @@ class Records:
 
 
 def _draw(metrics: Path, target: Path) -> None:
+    """Loss above; gradient norm and learning rate below."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    training = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    held_out = [
-        (line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None
-    ]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    if training:
-        axes.plot(
-            *zip(*training, strict=True),
-            color="#9ecae1",
-            linewidth=1,
-            label="training, each update",
-        )
-        width = max(1, len(training) // 50)
-        smooth = [
-            sum(loss for _, loss in training[max(0, i - width) : i + 1])
-            / (i + 1 - max(0, i - width))
-            for i in range(len(training))
-        ]
-        steps = [step for step, _ in training]
-        axes.plot(steps, smooth, color="#08519c", label=f"training, mean of {width + 1}")
+    training = [line for line in lines if line.get("loss") is not None]
+    held_out = [line for line in lines if line.get("eval_loss") is not None]
+    figure, (top, bottom) = pyplot.subplots(
+        2, sharex=True, figsize=(8, 6), dpi=120, height_ratios=(3, 1)
+    )
+    steps = [line["step"] for line in training]
+    width = max(1, len(training) // 50)
+    losses = [line["loss"] for line in training]
+    top.plot(steps, losses, color="#9ecae1", linewidth=1, label="training, each update")
+    smooth = _running_mean(losses, width)
+    top.plot(steps, smooth, color="#08519c", label=f"training, mean of {width + 1}")
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="#d94801", label="held out")
-        step, loss = held_out[-1]
-        axes.annotate(f"perplexity {math.exp(min(loss, 50)):.1f}", (step, loss),
-                      xytext=(-8, 10), textcoords="offset points", ha="right")  # fmt: skip
-    axes.set(xlabel="update", ylabel="loss (nats per token)", title=metrics.parent.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
+        points = [(line["step"], line["eval_loss"]) for line in held_out]
+        top.plot(*zip(*points, strict=True), "o-", color="#d94801", label="held out")
+        note = f"held-out perplexity {held_out[-1]['eval_perplexity']:.1f}"
+        top.annotate(note, points[-1], xytext=(0, -22), textcoords="offset points", ha="right")
+    top.set(ylabel="loss (nats per token)", title=metrics.parent.name)
+    top.margins(y=0.12)
+    top.legend()
+    norms = [line["grad_norm"] or math.nan for line in training]
+    bottom.semilogy(steps, norms, color="#636363", linewidth=1)
+    bottom.set(xlabel="update", ylabel="gradient norm")
+    rate = bottom.twinx()
+    rate.plot(steps, [line["lr"] for line in training], color="#31a354")
+    rate.set_ylabel("learning rate", color="#31a354")
+    rate.set_ylim(bottom=0)
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(target)
     pyplot.close(figure)
+
+
+def _running_mean(values: list[float], width: int) -> list[float]:
+    """Mean of each value and up to ``width`` before it."""
+    windows = (values[max(0, i - width) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

@@ -10,6 +10,8 @@ The estimate adds up, per rank, with P trained elements, n ranks, w bytes a weig
     loss        fp32 logits of one chunk and the gradients of head and hidden states
 """
 
+import resource
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +19,7 @@ import torch
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.model.flops import model_flops_per_token
 from sltrain_dist.optim.table import describe
-from sltrain_dist.parallel.mesh import Mesh
+from sltrain_dist.parallel.mesh import Mesh, max_over_ranks
 
 if TYPE_CHECKING:
     from sltrain_dist.train.build import Run
@@ -94,8 +96,19 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:.2f}M"
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def human_bytes(size: int) -> str:
+    """ "1.25 GiB" or "312 MiB"."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def peak_memory(mesh: Mesh) -> int:
+    """Bytes: the most any rank has used so far, of GPU memory or else resident in RAM."""
+    if mesh.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(max_over_ranks(mesh, torch.tensor(used)))
 
 
 def print_summary(run: "Run", attention: str, norm: str) -> None:
@@ -106,7 +119,7 @@ def print_summary(run: "Run", attention: str, norm: str) -> None:
     )
     left = config.optimizer.total_steps - run.step
     parts = ", ".join(
-        f"{name} {_gib(size)}" for name, size in run.estimate.items() if name != "total"
+        f"{name} {human_bytes(size)}" for name, size in run.estimate.items() if name != "total"
     )
     rows = {
         "run": f"{run.records.folder}",
@@ -121,7 +134,7 @@ def print_summary(run: "Run", attention: str, norm: str) -> None:
         "batch": f"{config.total_batch_size} sequences x {config.data.sequence_length} tokens = "
         f"{engine.batch_size} x {run.mesh.dp_size} ranks x {engine.gradient_accumulation} micro-batches",
         "training": f"{left:,} updates, {left * config.tokens_per_update:,} tokens planned",
-        "memory": f"about {_gib(run.estimate['total'])} a rank: {parts}",
+        "memory": f"about {human_bytes(run.estimate['total'])} a rank: {parts}",
     }
     for name, text in rows.items():
         say(run.mesh, f"{name:<11} {text}")

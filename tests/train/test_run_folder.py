@@ -79,7 +79,7 @@ def test_full_disk_is_reported_once(tmp_path, capsys):
 def test_picture(tmp_path):
     records = Records(tmp_path, active=True)
     for step in range(1, 30):
-        records.metrics({"step": step, "loss": 9 - step / 10})
+        records.metrics({"step": step, "loss": 9 - step / 10, "grad_norm": 1.0, "lr": 1e-3})
     records.metrics({"step": 29, "eval_loss": 6.0, "eval_perplexity": 403.4, "eval_tokens": 9})
     assert records.picture() is None
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
