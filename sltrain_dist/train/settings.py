@@ -6,6 +6,7 @@ process group, a tokenizer or a model exists.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -54,7 +55,8 @@ def resolve(arguments: Sequence[str], world_size: int) -> TrainConfig:
     settings["model"] = model.name
     settings |= _recipe(model) if not reference else REFERENCE_DEFAULTS
     if reference:
-        settings |= _reference_data(given, world_size)
+        settings |= _reference_data(given)
+        settings["workers"] = min(settings["workers"], os.cpu_count() or 1)
     settings |= _from_ds_config(ds_config) | given
     _check_ranges(settings)
     _finish_batches(settings, given, world_size)
@@ -82,7 +84,7 @@ def _recipe(model: ModelConfig) -> dict[str, Any]:
     )
 
 
-def _reference_data(given: dict[str, Any], world_size: int) -> dict[str, Any]:
+def _reference_data(given: dict[str, Any]) -> dict[str, Any]:
     if "batch_size" not in given:
         raise UserError("--batch_size is required beside --model_config, as in the reference")
     if "corpus" in given:
