@@ -148,7 +148,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--sp_ratio", type=float, default=0.05)
+    parser.add_argument("--sp_ratio", type=float, default=0.03)
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--json", help="write the rows to this file")
     arguments = parser.parse_args()

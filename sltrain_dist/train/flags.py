@@ -143,14 +143,15 @@ def parser() -> argparse.ArgumentParser:
     result = _Parser(
         prog="pretrain.py",
         description="Pre-train a LLaMA with sparse-plus-low-rank linears. With no flag but --ds_config it "
-        "trains llama_demo on the text of Python's standard library.",
+        "trains llama_demo on the text of Python's standard library. Defaults stand in brackets; the recipe of a preset "
+        "(presets/recipes.json) and numbers in the ds JSON come before them, flags before all.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     for title, flags in GROUPS.items():
         group = result.add_argument_group(title)
         for flag in flags:
-            note = "" if flag.default in (None, False) else f" [{flag.default}]"
+            note = "" if flag.default is None or flag.default is False else f" [{flag.default}]"
             text = flag.help if flag.help == argparse.SUPPRESS else flag.help + note
             if flag.kind is None:
                 group.add_argument(f"--{flag.name}", action="store_true", help=text)

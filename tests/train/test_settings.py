@@ -213,3 +213,4 @@ def test_help_names_every_flag_with_its_default():
         if name != "local_rank":
             assert f"--{name}" in text
             assert flag.help
+    assert "[0.0]" in text
