@@ -1,52 +1,50 @@
 #!/usr/bin/env python
 """Tokenise a corpus once, before training: writes the tokenizer and the memory-mapped index.
 
-pretrain.py does the same by itself when needed; on a cluster it is kinder to do it beforehand.
+pretrain.py does the same by itself when needed; on a cluster it is kinder to do it beforehand. The
+flags are pretrain.py's and resolve as they do there, so that the same flags find the same index.
 """
 
 import argparse
 import sys
 
-from sltrain_dist.config import DataConfig
+from sltrain_dist.config import TrainConfig
 from sltrain_dist.data import prepare_data
-from sltrain_dist.data.corpora import CORPORA
+from sltrain_dist.train.flags import FLAGS
+from sltrain_dist.train.settings import resolve
 from sltrain_dist.utils.errors import UserError
 
+# What decides the tokenizer and the index. --model caps a trained vocabulary and brings its recipe.
+NAMES = ("model", "corpus", "tokenizer", "tokenizer_vocab", "pack", "max_length", "eval_tokens", "cache_dir")  # fmt: skip
 
-def parse(arguments: list[str] | None = None) -> DataConfig:
-    """The command line as a DataConfig."""
-    default = DataConfig()
+
+def parse(arguments: list[str] | None = None) -> TrainConfig:
+    """The command line resolved as pretrain.py would, on one process.
+
+    Raises:
+        UserError: as ``resolve``.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
-    corpora = "; ".join(f"{name}: {row.note}" for name, row in CORPORA.items() if name != "path")
+    for name in NAMES:
+        flag = FLAGS[name]
+        note = "" if flag.default is None else f" [{flag.default}]"
+        parser.add_argument(
+            f"--{name}", type=flag.kind or str, choices=flag.choices, help=flag.help + note
+        )
     parser.add_argument(
-        "--corpus", default=default.corpus, help=f"{corpora}; else {CORPORA['path'].note}"
+        "--vocab_size", dest="tokenizer_vocab", type=int, help="old name of --tokenizer_vocab"
     )
-    parser.add_argument(
-        "--tokenizer",
-        help="tokenizer.json, a folder with one, a hub name, or 'trained' on the corpus; "
-        "by default trained, and t5-base for c4",
-    )
-    parser.add_argument("--pack", choices=("packed", "padded"), default=default.pack)
-    parser.add_argument(
-        "--max_length", type=int, default=default.sequence_length, help="tokens per sample"
-    )
-    parser.add_argument(
-        "--vocab_size", type=int, default=default.vocab_size, help="tokens of a trained tokenizer"
-    )
-    parser.add_argument("--cache_dir", default=default.cache_dir, help="where the index is kept")
-    parsed = parser.parse_args(arguments)
-    if parsed.max_length < 2:
-        raise UserError(f"--max_length {parsed.max_length}: a sample needs at least 2 tokens")
-    settings = vars(parsed)
-    return DataConfig(sequence_length=settings.pop("max_length"), **settings)
+    given = vars(parser.parse_args(arguments))
+    return resolve([f"--{name}={value}" for name, value in given.items()], world_size=1)
 
 
 def main() -> int:
     """Prepare and print the counts; 0, or 2 after a user's error."""
     try:
-        result = prepare_data(parse())
+        config = parse()
+        result = prepare_data(config.data, config.model.vocab_size)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,11 +18,11 @@ def main(arguments: list[str]) -> int:
     from sltrain_dist.utils.errors import UserError
 
     try:
+        from sltrain_dist.parallel import mesh
         from sltrain_dist.train.settings import resolve
 
-        config = resolve(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+        config = resolve(arguments, mesh.launched_world_size())
 
-        from sltrain_dist.parallel import mesh
         from sltrain_dist.train.build import build
         from sltrain_dist.train.loop import train
 

@@ -6,9 +6,10 @@ beside the run. Only the model's architecture has a file format of its own, HF's
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sltrain_dist.utils.errors import UserError
 
@@ -17,6 +18,45 @@ PRESETS = Path(__file__).parent / "presets"
 Method = Literal["full", "low_rank", "sltrain"]
 SupportKind = Literal["fan_in", "uniform", "block"]
 Dtype = Literal["float32", "bfloat16"]
+
+
+class Kind(NamedTuple):
+    """What a value read from a JSON file may be: words for the error, and the test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _integer(value: Any, lowest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value < 2**31
+
+
+def _number(value: Any) -> bool:
+    """A finite number; JSON readers give NaN and Infinity too, and true is an int to Python."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(_number(item) and item > 0 for item in value)
+
+
+POSITIVE_INTEGER = Kind("a positive integer", lambda value: _integer(value, 1))
+POSITIVE_NUMBER = Kind("a positive number", lambda value: _number(value) and value > 0)
+NOT_NEGATIVE_NUMBER = Kind(
+    "a number that is not negative", lambda value: _number(value) and value >= 0
+)
+BOOLEAN = Kind("true or false", lambda value: isinstance(value, bool))
+TEXT = Kind("a string", lambda value: isinstance(value, str))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+_TOKEN_ID = Kind("a token id", lambda value: _integer(value, -1))  # -1: none, in old configs
+_TOKEN_IDS = Kind(
+    "a token id, or a list of them",
+    lambda value: (
+        all(_integer(item, -1) for item in value)
+        if isinstance(value, list) and value
+        else _integer(value, -1)
+    ),
+)
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -88,9 +128,54 @@ class ModelConfig:
             path = preset
         try:
             raw = json.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{flag} {path}: not a readable JSON file ({error})") from None
         return _from_hf(raw, path, flag)
+
+
+_REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+# The optional fields: (what they may be, whether null stands for their default, names).
+_FIELDS = (
+    (POSITIVE_INTEGER, True, "num_key_value_heads head_dim max_position_embeddings"),
+    (POSITIVE_INTEGER, True, "max_sequence_length"),
+    (POSITIVE_NUMBER, False, "rms_norm_eps"),
+    (NOT_NEGATIVE_NUMBER, False, "initializer_range"),
+    (POSITIVE_NUMBER, True, "rope_theta"),
+    (OBJECT, True, "rope_parameters rope_scaling"),
+    (BOOLEAN, False, "tie_word_embeddings attention_bias mlp_bias"),
+    (_TOKEN_ID, True, "bos_token_id pad_token_id"),
+    (_TOKEN_IDS, True, "eos_token_id"),
+)
+_ROPE_FIELDS = (
+    (TEXT, False, "rope_type type"),
+    (POSITIVE_NUMBER, True, "rope_theta factor low_freq_factor high_freq_factor beta_fast"),
+    (POSITIVE_NUMBER, True, "beta_slow attention_factor partial_rotary_factor"),
+    (NOT_NEGATIVE_NUMBER, True, "mscale mscale_all_dim"),
+    (POSITIVE_INTEGER, True, "original_max_position_embeddings"),
+    (Kind("a list of positive numbers", _numbers), True, "short_factor long_factor"),
+    (BOOLEAN, False, "truncate"),
+)
+
+
+def _check_fields(raw: dict[str, Any], path: Path, flag: str) -> None:
+    """Refuse every field of a wrong type or out of its range, before any is read."""
+
+    def check(value: Any, name: str, kind: Kind) -> None:
+        if not kind.holds(value):
+            text = repr(value)[:60]
+            raise UserError(f"{flag} {path}: {name} is {text}; it must be {kind.words}")
+
+    for key in _REQUIRED:
+        check(raw.get(key), key, POSITIVE_INTEGER)
+    blocks: dict[str, tuple[Any, tuple[tuple[Kind, bool, str], ...]]] = {"": (raw, _FIELDS)}
+    blocks |= {key: (raw.get(key), _ROPE_FIELDS) for key in ("rope_parameters", "rope_scaling")}
+    for block, (content, table) in blocks.items():
+        for kind, nullable, names in table:
+            for key in names.split():
+                if content and key in content and not (nullable and content[key] is None):
+                    check(content[key], f"{block}.{key}" if block else key, kind)
 
 
 def _from_hf(raw: Any, path: Path, flag: str) -> ModelConfig:
@@ -102,17 +187,7 @@ def _from_hf(raw: Any, path: Path, flag: str) -> ModelConfig:
         )
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{flag} {path}: hidden_act {raw['hidden_act']!r}; LLaMA here means silu")
-    required = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    )
-    for key in required:
-        value = raw.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{flag} {path}: {key} is {value!r}; it must be a positive integer")
+    _check_fields(raw, path, flag)
     heads = raw["num_attention_heads"]
     kv_heads = raw.get("num_key_value_heads") or heads
     if raw.get("head_dim") is None and raw["hidden_size"] % heads:
@@ -130,7 +205,7 @@ def _from_hf(raw: Any, path: Path, flag: str) -> ModelConfig:
     eos = raw.get("eos_token_id", 1)
     return ModelConfig(
         name=path.parent.name if path.stem == "config" else path.stem,
-        **{key: raw[key] for key in required},
+        **{key: raw[key] for key in _REQUIRED},
         num_key_value_heads=kv_heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         max_position_embeddings=raw.get("max_position_embeddings")
@@ -139,9 +214,9 @@ def _from_hf(raw: Any, path: Path, flag: str) -> ModelConfig:
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope_theta=float(theta),
         rope_scaling=None if rope_type == "default" else {**rope, "rope_type": rope_type},
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        attention_bias=raw.get("attention_bias", False),
+        mlp_bias=raw.get("mlp_bias", False),
         initializer_range=float(raw.get("initializer_range", 0.02)),
         bos_token_id=raw.get("bos_token_id", 0),
         eos_token_id=eos[0] if isinstance(eos, list) else eos,

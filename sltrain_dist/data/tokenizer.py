@@ -119,7 +119,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
-            f"--vocab_size {vocab_size}: byte-level BPE needs at least {SMALLEST_VOCABULARY} tokens; "
+            f"--tokenizer_vocab {vocab_size}: byte-level BPE needs at least {SMALLEST_VOCABULARY} tokens; "
             "take a larger one, or a model config with a larger vocab_size"
         )
     backend = Backend(models.BPE())

@@ -10,7 +10,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sltrain_dist.config import EngineConfig, OptimizerConfig
+from sltrain_dist.config import (
+    BOOLEAN,
+    NOT_NEGATIVE_NUMBER,
+    OBJECT,
+    POSITIVE_INTEGER,
+    POSITIVE_NUMBER,
+    TEXT,
+    EngineConfig,
+    Kind,
+    OptimizerConfig,
+)
 from sltrain_dist.utils.errors import UserError
 
 FLAG = "--ds_config"
@@ -56,6 +66,56 @@ _PASSED_ON = frozenset(
     sparse_gradients seq_parallel_communication_data_type dataloader_drop_last checkpoint
     vocabulary_size""".split()
 )
+
+
+def _whole(value: Any) -> bool:
+    """DeepSpeed's own examples write sizes as 5e8, which JSON reads as a float."""
+    return NOT_NEGATIVE_NUMBER.holds(value) and float(value).is_integer()
+
+
+def _pair(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(NOT_NEGATIVE_NUMBER.holds(item) and item < 1 for item in value)
+    )
+
+
+# (what a value may be, what else may stand in its place, dotted keys); blocks come before what is in them.
+_TYPES: tuple[tuple[Kind, tuple[str | None, ...], str], ...] = (
+    (OBJECT, (), """fp16 bf16 bfloat16 data_types zero_optimization optimizer optimizer.params
+        comms_logger flops_profiler activation_checkpointing aio compile timers tensorboard
+        csv_monitor wandb comet checkpoint"""),
+    (OBJECT, (None,), "zero_optimization.offload_optimizer zero_optimization.offload_param"),
+    (POSITIVE_INTEGER, (AUTO,), """train_batch_size train_micro_batch_size_per_gpu
+        gradient_accumulation_steps"""),
+    (POSITIVE_INTEGER, (AUTO, None), "steps_per_print"),
+    (NOT_NEGATIVE_NUMBER, (AUTO,), """gradient_clipping optimizer.params.weight_decay
+        optimizer.params.momentum"""),
+    (POSITIVE_NUMBER, (AUTO,), "optimizer.params.lr optimizer.params.eps"),
+    (Kind("a list of two numbers in [0, 1)", _pair), (AUTO,), "optimizer.params.betas"),
+    (TEXT, (), """optimizer.type communication_data_type seq_parallel_communication_data_type
+        data_types.grad_accum_dtype log_level zero_optimization.offload_optimizer.device
+        zero_optimization.offload_param.device"""),
+    (BOOLEAN, (AUTO,), """fp16.enabled bf16.enabled bfloat16.enabled bf16.bf16_optimizer_states
+        bf16.bf16_master_weights_and_grads wall_clock_breakdown memory_breakdown dump_state
+        disable_allgather disable_python_gc sparse_gradients dataloader_drop_last
+        zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+        zero_optimization.contiguous_gradients zero_optimization.reduce_scatter
+        zero_optimization.overlap_comm zero_optimization.allgather_partitions
+        zero_optimization.round_robin_gradients zero_optimization.offload_optimizer.pin_memory
+        zero_optimization.offload_param.pin_memory
+        zero_optimization.stage3_gather_16bit_weights_on_model_save"""),
+    (Kind("0, 1, 2 or 3", lambda value: _whole(value) and value <= 3), (AUTO,),
+        "zero_optimization.stage"),
+    (Kind("a whole number that is not negative", _whole), (AUTO,), """vocabulary_size
+        zero_optimization.reduce_bucket_size zero_optimization.allgather_bucket_size
+        zero_optimization.stage3_prefetch_bucket_size zero_optimization.sub_group_size
+        zero_optimization.stage3_param_persistence_threshold
+        zero_optimization.stage3_model_persistence_threshold
+        zero_optimization.stage3_max_live_parameters
+        zero_optimization.stage3_max_reuse_distance"""),
+)  # fmt: skip
 # DeepSpeed's default of 5e8 elements reserves 2 GB whatever the model's size.
 _BUCKET = 50_000_000
 
@@ -64,7 +124,8 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
 
     Raises:
-        UserError: the file is missing, is not JSON, holds no object, or names a key twice.
+        UserError: the file is missing, is not JSON, holds no object, names a key twice, or gives one a
+            value of the wrong type.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -79,11 +140,29 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(), object_pairs_hook=once)
     except FileNotFoundError:
         raise UserError(f"{FLAG} {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{FLAG} {path}: not a readable JSON file ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{FLAG} {path}: must hold one JSON object, not {type(content).__name__}")
+    _check_types(content, path)
     return content
+
+
+def _check_types(content: dict[str, Any], path: str | Path) -> None:
+    """Refuse what the rest of this package, or DeepSpeed, would stumble over with a traceback."""
+    for kind, others, names in _TYPES:
+        for name in names.split():
+            *blocks, key = name.split(".")
+            block: Any = content
+            for outer in blocks:
+                block = block.get(outer) or {}
+            if key not in block or kind.holds(block[key]) or block[key] in others:
+                continue
+            words = "".join(f" or {json.dumps(other)}" for other in others)
+            raise UserError(
+                f'{FLAG} {path}: "{name}" is {json.dumps(block[key])[:60]};'
+                f" it must be {kind.words}{words}"
+            )
 
 
 def resolve_ds_config(
@@ -267,11 +346,12 @@ def _resolve_master(
         where = "offloading" if offloaded else f"ZeRO stage {stage}"
         raise UserError(
             f"--dtype bfloat16 without float32 master weights: DeepSpeed cannot do it with {where};"
-            " use --engine fsdp, or stage 2 or 3 without offloading"
+            " use --master_weights fp32, --engine fsdp, or stage 2 or 3 without offloading"
         )
     for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
         if pure or key in bf16:
-            _fill(bf16, key, pure, "the master-weights flag", path="bf16.")
+            wanted = "none" if pure else "fp32"
+            _fill(bf16, key, pure, f"--master_weights {wanted}", path="bf16.")
 
 
 def _refuse_leftover_auto(value: Any, path: str) -> None:

@@ -117,11 +117,13 @@ def chunk_bounds(length: int, parts: int, index: int) -> tuple[int, int]:
 
 
 def as_dtensor(mesh: Mesh, local: Tensor, shape: torch.Size) -> DTensor:
-    """Wrap this rank's dim-0 chunk of a tensor of global ``shape``; the storage is shared."""
+    """Wrap this rank's dim-0 chunk of a tensor of global ``shape``; the storage is shared.
+
+    A chunk in host memory becomes a DTensor on the mesh of hosts.
+    """
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, mesh.device_mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
-    )
+    axis = mesh.host_mesh if local.device.type == "cpu" else mesh.device_mesh
+    return DTensor.from_local(local, axis, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:

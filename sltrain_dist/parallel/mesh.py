@@ -32,6 +32,9 @@ class Mesh:
     dp_size: int
     device: torch.device
     device_mesh: DeviceMesh  # one axis, "dp"
+    host_mesh: (
+        DeviceMesh  # the same axis over the hosts' memory, for state on its way to and from a file
+    )
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
@@ -49,6 +52,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def launched_world_size() -> int:
+    """Ranks of this launch: 1 unless a launcher has set all of its variables (a stray WORLD_SIZE counts for nothing)."""
+    complete = all(name in os.environ for name in _LAUNCHER_VARIABLES)
+    return int(os.environ["WORLD_SIZE"]) if complete else 1
 
 
 def _launcher_environment() -> tuple[int, int, int]:
@@ -109,7 +118,10 @@ def initialise(timeout: float = 600.0, device: str | None = None) -> Mesh:
             device_id=own_device if on_gpu else None,
         )
     device_mesh = init_device_mesh(device_type, (world_size,), mesh_dim_names=(DP_AXIS,))
-    return Mesh(rank, world_size, local_rank, rank, world_size, own_device, device_mesh)
+    host_mesh = device_mesh
+    if device_type != "cpu":
+        host_mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=(DP_AXIS,))
+    return Mesh(rank, world_size, local_rank, rank, world_size, own_device, device_mesh, host_mesh)
 
 
 def close() -> None:
@@ -144,7 +156,16 @@ def gather_objects(mesh: Mesh, value: Any) -> list[Any]:
     return values
 
 
-def barrier(mesh: Mesh) -> None:
-    """Return when every rank has arrived."""
-    if mesh.world_size > 1:
-        dist.barrier(group=mesh.dp_group)
+def gather_patiently(mesh: Mesh, value: Any, hours: float = 24.0) -> list[Any]:
+    """`gather_objects` for work that one rank may take long over while the others have nothing to do.
+
+    The ordinary timeout is there to notice a dead peer soon; waiting here ends when a peer's
+    connection does, or after ``hours``.
+    """
+    if mesh.world_size == 1:
+        return [value]
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=hours))
+    values: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(values, value, group=group)
+    dist.destroy_process_group(group)
+    return values

@@ -133,7 +133,9 @@ class ZeroEngine:
         for label, parameter, key in self._entries():
             full = self.layout.read(parameter, key)
             start, stop = chunk_bounds(full.shape[0], self.mesh.dp_size, self.mesh.dp_rank)
-            state[label] = as_dtensor(self.mesh, full[start:stop].clone(), full.shape)
+            # To host memory at once: the device holds one gathered tensor at a time.
+            own = full[start:stop].to("cpu", copy=True)
+            state[label] = as_dtensor(self.mesh, own, full.shape)
         return state
 
     def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:
@@ -142,7 +144,7 @@ class ZeroEngine:
         labels = set()
         for label, parameter, key in self._entries():
             labels.add(label)
-            full = state[label].full_tensor()
+            full = state[label].full_tensor().to(self.mesh.device)
             self.layout.write(parameter, key, full)
             if key is None:
                 self.layout.refresh(parameter, full)

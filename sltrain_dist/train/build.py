@@ -7,6 +7,7 @@ the first rank ends every rank with the same single line.
 """
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,15 +23,16 @@ from sltrain_dist.model.backends import resolve_attention, resolve_norm
 from sltrain_dist.model.llama import Llama
 from sltrain_dist.optim.table import OptimizerFactory, assert_live
 from sltrain_dist.parallel.engine import Engine, build_engine
-from sltrain_dist.parallel.mesh import Mesh, gather_objects
+from sltrain_dist.parallel.mesh import Mesh, gather_objects, gather_patiently
 from sltrain_dist.params import count_parameters
 from sltrain_dist.train.checkpoint import Found, find, load
-from sltrain_dist.train.run_folder import Records, choose_folder, claim_folder
+from sltrain_dist.train.run_folder import Records, choose_folder, claim_folder, lock_folder
 from sltrain_dist.train.summary import estimate_memory, peak_memory, print_summary, say
-from sltrain_dist.train.tracker import NoTracker, Tracker, open_tracker
+from sltrain_dist.train.tracker import NoTracker, Tracker, check_tracker, open_tracker
 from sltrain_dist.utils.errors import UserError
 
 T = TypeVar("T")
+_SLOWEST_FOLDER = 10.0  # seconds until a file written on one node must be seen on another
 
 
 @dataclass
@@ -48,6 +50,9 @@ class Run:
     baseline: int  # bytes a rank used before the model existed: the interpreter and its libraries
     step: int = 0
     tokens_seen: int = 0
+    seconds: float = 0.0  # of training, before the last resume
+    skipped: int = 0  # updates in a row whose gradient was not finite
+    lock: object = None  # held until the process ends: no second run writes in the folder
 
 
 def on_first(mesh: Mesh, action: Callable[[], T]) -> T:
@@ -71,9 +76,12 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     Raises:
         UserError: anything a user can mend; nothing that was saved has been touched.
     """
+    check_tracker(config.tracker)
     folder = on_first(mesh, lambda: choose_folder(config))
     found = find(config.continue_from, folder, mesh)
-    on_first(mesh, lambda: claim_folder(folder, config.continue_from))
+    on_first(mesh, lambda: claim_folder(folder, config))
+    lock = _lock(mesh, folder)
+    _check_shared(mesh, folder)
     config = replace(config, save_dir=str(folder), name=config.name or folder.name)
     data = _open_data(config, mesh)
     dtype, model = getattr(torch, config.engine.dtype), config.model
@@ -89,7 +97,9 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     records = Records(folder, mesh.is_first)
     tracker = open_tracker(config, folder) if mesh.is_first else NoTracker()
     estimate = estimate_memory(config, parameters, mesh.dp_size)
-    run = Run(config, mesh, data, engine, records, tracker, parameters, estimate, baseline)
+    run = Run(
+        config, mesh, data, engine, records, tracker, parameters, estimate, baseline, lock=lock
+    )
     _resume(run, found)
     records.config(config)
     print_summary(run, attention, norm)
@@ -122,18 +132,47 @@ def make_model(
     return model  # type: ignore[no-any-return]
 
 
+def _lock(mesh: Mesh, folder: Path) -> object:
+    """Keep other runs out of the folder for as long as this process lives."""
+    held: list[object] = []
+    on_first(mesh, lambda: held.append(lock_folder(folder)))
+    return held
+
+
+def _check_shared(mesh: Mesh, folder: Path) -> None:
+    """Refuse a folder that is another one on another node: no checkpoint there could ever be whole.
+
+    Raises:
+        UserError: naming the ranks that do not see what the first one wrote.
+    """
+    if mesh.world_size == 1:
+        return
+    marker = folder / ".seen"
+    on_first(mesh, marker.touch)
+    waited = 0.0
+    while not marker.exists() and waited < _SLOWEST_FOLDER:
+        time.sleep(0.1)
+        waited += 0.1
+    blind = [rank for rank, seen in enumerate(gather_objects(mesh, marker.exists())) if not seen]
+    on_first(mesh, lambda: marker.unlink(missing_ok=True))
+    if blind:
+        raise UserError(
+            f"--save_dir {folder}: not the same folder on rank {blind[0]}; give one that all nodes share"
+        )
+
+
 def _open_data(config: TrainConfig, mesh: Mesh) -> Data:
-    """Prepare on the first rank of every node, then open everywhere."""
+    """Prepare on the first rank of every node, open everywhere, and compare: all ranks must have the same."""
     problem = None
     if mesh.local_rank == 0:
         try:
             prepare_data(config.data, config.model.vocab_size)
         except UserError as error:
             problem = str(error)
-    problems = [found for found in gather_objects(mesh, problem) if found]
+    problems = [found for found in gather_patiently(mesh, problem) if found]
     if problems:
         raise UserError(problems[0])
-    return open_data(
+    data = open_data(
         config.data,
         config.model.vocab_size,
         global_batch=config.total_batch_size,
@@ -143,11 +182,20 @@ def _open_data(config: TrainConfig, mesh: Mesh) -> Data:
         dp_size=mesh.dp_size,
         prepare=False,
     )
+    batches = len(data.evaluation(config.engine.batch_size))
+    everyone = gather_objects(mesh, (data.state(0)["order"], data.tokenizer.fingerprint, batches))
+    other = next((rank for rank, mine in enumerate(everyone) if mine != everyone[0]), None)
+    if other is not None:
+        raise UserError(
+            f"--corpus {config.data.corpus}: rank {other} has other text or another tokenizer than rank 0; give files, "
+            "a --cache_dir or (for stdlib) a Python that all nodes share"
+        )
+    return data
 
 
 def _seed(seed: int, dp_rank: int) -> None:
     """Seed what is left to generators: dropout, which must differ between ranks."""
-    torch.manual_seed(seed * 65_537 + dp_rank)
+    torch.manual_seed((seed * 65_537 + dp_rank) % 2**63)
     random.seed(seed)
 
 
@@ -158,9 +206,11 @@ def _resume(run: Run, found: Found) -> None:
     if found.folder is None:
         if run.config.continue_from == "auto":
             say(run.mesh, "no checkpoint to continue from: starting fresh")
+        run.records.rewind({})
         return
     resumed = load(found.folder, run.engine, run.config)
     run.step, run.tokens_seen = resumed.progress.step, resumed.progress.tokens_seen
+    run.seconds = float(resumed.progress.metrics.get("seconds", 0.0))
     run.data.load_state(resumed.progress.data)
     if Path(found.folder).resolve().parent == run.records.folder.resolve():
         run.records.rewind(resumed.progress.metrics)

@@ -199,7 +199,11 @@ def commit(
     strange = {path.name for path in temporary.iterdir()} - files.keys()
     if strange:  # torch changed its file names, or another run writes here
         raise OSError(f"unexpected files in {temporary}: {', '.join(sorted(strange))}")
-    serial = 1 + max((entry.serial for entry in entries(final.parent)), default=0)
+    listed = entries(final.parent)
+    hidden = sum(
+        not entry.sealed for entry in listed
+    )  # their serials, unknown now, are passed over
+    serial = 1 + hidden + max((entry.serial for entry in listed), default=0)
     write_manifest(temporary, Manifest(step, serial, files))
     publish(temporary, final)
     try:
@@ -220,7 +224,10 @@ def _abandon(save_dir: Path, temporary: Path) -> str:
     shutil.rmtree(temporary, ignore_errors=True)
     with contextlib.suppress(OSError):
         (save_dir / (LATEST + TEMPORARY)).unlink(missing_ok=True)
-    standing = entries(save_dir)
+    try:
+        standing = entries(save_dir)
+    except OSError:
+        return "unknown"
     return standing[-1].folder.name if standing else "none"
 
 

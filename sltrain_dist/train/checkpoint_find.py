@@ -1,7 +1,9 @@
 """Which checkpoint a run continues from: the newest whole one that ``--continue_from`` can mean.
 
 Every byte is checked before it is believed. The checksums are shared out over the ranks and the
-verdict is agreed, so that no rank goes on with a checkpoint another one refuses.
+verdict is agreed, so that no rank goes on with a checkpoint another one refuses. Where checkpoints
+exist and none is whole, a run ends: a fresh start beside them would in time prune what a moment's
+failure of the disk had only hidden.
 """
 
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from sltrain_dist.train.checkpoint_folder import (
     entries,
     file_problem,
     is_checkpoint_name,
+    is_unreadable,
     read_latest,
     read_manifest,
     strangers,
@@ -114,7 +117,8 @@ def find(continue_from: str | None, save_dir: Path, mesh: Mesh) -> Found:
 
     Args:
         continue_from: a run folder (its ``latest``), one ``step_N`` folder, ``auto`` (the newest
-            whole checkpoint in ``save_dir``, or a fresh start), or None (a fresh start).
+            whole checkpoint in ``save_dir``; a fresh start only where it has no ``step_N`` at all), or
+            None (a fresh start).
         save_dir: where this run saves.
 
     A damaged checkpoint is named in a warning and the one saved before it is tried.
@@ -137,6 +141,7 @@ def find(continue_from: str | None, save_dir: Path, mesh: Mesh) -> Found:
         raise UserError(shared)
     candidates, warnings = shared
     damaged: list[str] = []
+    unreadable = False
     for entry in candidates:
         problems = verify(entry.folder, mesh)
         if not problems:
@@ -144,8 +149,14 @@ def find(continue_from: str | None, save_dir: Path, mesh: Mesh) -> Found:
             warnings += [f"checkpoint {line}; {use}" for line in damaged]
             return Found(entry.folder, tuple(warnings))
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        damaged.append(f"{entry.folder} is damaged ({problems[0]}{more})")
-    if continue_from == AUTO:
-        warnings += [f"checkpoint {line}; starting fresh" for line in damaged]
+        hidden = all(is_unreadable(problem) for problem in problems)
+        verdict = "unreadable" if hidden else "damaged"
+        unreadable |= hidden
+        damaged.append(f"{entry.folder} is {verdict} ({problems[0]}{more})")
+    if not damaged:  # auto, in a folder without checkpoints
         return Found(None, tuple(warnings))
-    raise UserError(f"{_FLAG} {continue_from}: no whole checkpoint: {'; '.join(damaged)}")
+    again = "run again when it can be read, " if unreadable else ""
+    raise UserError(
+        f"{_FLAG} {continue_from}: no whole checkpoint: {'; '.join(damaged)};"
+        f" {again}move the folder away or give another --save_dir"
+    )

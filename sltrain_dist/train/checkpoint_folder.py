@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,18 @@ LATEST = "latest"
 TEMPORARY = ".tmp"
 REPLACED = ".replaced"
 _NAME = re.compile(r"step_(\d+)(\.replaced)?")
+_UNREADABLE = ": unreadable ("
 _CHUNK = 1 << 23  # bytes read at a time for a checksum
+
+
+def _unreadable(name: str, error: OSError) -> str:
+    """The problem line for a file the system could not read just now; its bytes may be whole."""
+    return f"{name}{_UNREADABLE}{error.strerror or type(error).__name__})"
+
+
+def is_unreadable(problem: str) -> bool:
+    """Whether a problem line tells of a failed read (disk, network), not of wrong bytes."""
+    return _UNREADABLE in problem
 
 
 class DamagedError(Exception):
@@ -53,11 +65,15 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Entry:
-    """A folder that carries the name of a checkpoint, whole or not."""
+    """A folder that carries the name of a checkpoint, whole or not.
+
+    ``sealed``: its manifest could be read, so that ``serial`` is its own and it may be pruned.
+    """
 
     folder: Path
     step: int
     serial: int
+    sealed: bool = True
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -131,7 +147,9 @@ def read_manifest(folder: Path) -> Manifest:
         document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DamagedError(f"{MANIFEST}: missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise DamagedError(_unreadable(MANIFEST, error)) from None
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{MANIFEST}: not readable ({type(error).__name__})") from None
     if not isinstance(document, dict) or document.pop("seal", None) != _seal(document):
         raise DamagedError(f"{MANIFEST}: checksum differs")
@@ -154,7 +172,7 @@ def file_problem(folder: Path, name: str, expected: tuple[int, str]) -> str | No
     except FileNotFoundError:
         return f"{name}: missing"
     except OSError as error:
-        return f"{name}: not readable ({error.strerror})"
+        return _unreadable(name, error)
 
 
 def strangers(folder: Path, manifest: Manifest) -> list[str]:
@@ -163,22 +181,40 @@ def strangers(folder: Path, manifest: Manifest) -> list[str]:
     return [f"{name}: not in {MANIFEST}" for name in sorted(found - manifest.files.keys())]
 
 
+def _may_be_folder(path: Path) -> bool:
+    """False only where that is sure: a folder that cannot be read now must not count as absent."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
 def entries(run_folder: Path) -> list[Entry]:
-    """All folders named like checkpoints, oldest first.
+    """All folders named like checkpoints, oldest first; none where ``run_folder`` does not exist.
 
     One without a readable manifest takes its place by its step, so that a damaged newest
     checkpoint is still met first and can be named.
+
+    Raises:
+        OSError: the folder exists and cannot be read.
     """
+    try:
+        names = os.listdir(run_folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     found = []
-    for path in run_folder.iterdir() if run_folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
+    for name in names:
+        match, path = _NAME.fullmatch(name), run_folder / name
+        if match and _may_be_folder(path):
             found.append((int(match[1]), match[2] is None, path))
     listed, serial = [], 0
     for step, _, path in sorted(found):
+        sealed = False
         with contextlib.suppress(DamagedError):  # which then keeps the serial of the step below
-            serial = read_manifest(path).serial
-        listed.append(Entry(path, step, serial))
+            serial, sealed = read_manifest(path).serial, True
+        listed.append(Entry(path, step, serial, sealed))
     return sorted(listed, key=lambda entry: (entry.serial, entry.step))
 
 
@@ -242,11 +278,16 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def prune(run_folder: Path, keep_last: int) -> None:
-    """Keep the ``keep_last`` newest checkpoints (0: all); superseded ones always go. Raises OSError."""
+    """Keep the ``keep_last`` newest checkpoints (0: all); superseded ones always go. Raises OSError.
+
+    A folder without a readable manifest neither counts nor goes: nobody can say how new it is, and
+    what a disk or network refuses to read today it may give back tomorrow.
+    """
     listed = entries(run_folder)
     for entry in listed:
         if entry.folder.name.endswith(REPLACED):
             discard(entry.folder)
-    kept = [entry for entry in listed if not entry.folder.name.endswith(REPLACED)]
+    kept = [e for e in listed if e.sealed and not e.folder.name.endswith(REPLACED)]
     for entry in kept[: max(0, len(kept) - keep_last)] if keep_last > 0 else ():
-        discard(entry.folder)
+        if entry.serial < kept[-1].serial:
+            discard(entry.folder)

@@ -34,22 +34,22 @@ def _refuse(folder: Path, difference: str, mend: str) -> UserError:
 
 def _check_method(document: dict[str, Any], config: TrainConfig, folder: Path) -> None:
     saved, here = document["method"], config.method
-    if saved["method"] != here.method:
+    if saved.get("method") != here.method:
         raise _refuse(
             folder,
-            f"trained with --method {saved['method']}, this run has --method {here.method}",
+            f"trained with --method {saved.get('method')}, this run has --method {here.method}",
             "give the same method, or another --save_dir for a new run",
         )
     fields = _METHOD_FIELDS.get(here.method, tuple(_METHOD_FLAGS))
     if "support" in fields and here.support == "block":
         fields = (*fields, "block_size")
     for name in fields:
-        if saved[name] != getattr(here, name):
-            flag = _METHOD_FLAGS[name]
+        if saved.get(name) != getattr(here, name):
+            flag, old = _METHOD_FLAGS[name], saved.get(name)
             raise _refuse(
                 folder,
-                f"trained with {flag} {saved[name]}, this run has {flag} {getattr(here, name)}",
-                f"give {flag} {saved[name]}, or another --save_dir for a new run",
+                f"trained with {flag} {old}, this run has {flag} {getattr(here, name)}",
+                f"give {flag} {old}, or another --save_dir for a new run",
             )
 
 
@@ -94,6 +94,27 @@ def _check_architecture(document: dict[str, Any], config: TrainConfig, folder: P
             )
 
 
+def _check_optimizer(document: dict[str, Any], config: TrainConfig, folder: Path) -> None:
+    """The optimizer by name: adam and adamw keep the same tensors and are not the same."""
+    saved, here = document["config"]["optimizer"]["name"], config.optimizer.name
+    if saved != here:
+        raise _refuse(
+            folder,
+            f"of another optimizer: trained with --optimizer {saved}, this run has --optimizer {here}",
+            f"give --optimizer {saved}, or another --save_dir for a new run",
+        )
+
+
+def check_configuration(document: dict[str, Any], config: TrainConfig, folder: Path) -> None:
+    """Compare the "model" and "method" of a run's ``config.json`` with this run's.
+
+    Raises:
+        UserError: the first difference that no checkpoint would be loaded across.
+    """
+    _check_method(document, config, folder)
+    _check_architecture(document, config, folder)
+
+
 def check_identity(
     document: dict[str, Any],
     tensors: dict[str, dict[str, Any]],
@@ -123,6 +144,7 @@ def check_identity(
             f"of another support: hash {document['support_hash']}, in this run {support_hash}",
             f"give --seed {document['method']['seed']}, which it was trained with",
         )
+    _check_optimizer(document, config, folder)
     conversions += _check_tensors(document["tensors"], tensors, "optimizer.", folder)
     if not conversions:
         return []

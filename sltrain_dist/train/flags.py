@@ -21,9 +21,12 @@ DTYPES: dict[str, Dtype] = {
 
 
 def token_count(text: str) -> int:
-    """Parse "100M" or "1.5B" or a plain number of tokens."""
+    """Parse "100M" or "1.5B" or a plain number of tokens; ValueError for what is none."""
     factor = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)
-    return int(float(text[:-1] if factor > 1 else text) * factor)
+    count = float(text[:-1] if factor > 1 else text) * factor
+    if not abs(count) < 2**62:  # also NaN
+        raise ValueError(f"{text} is no number of tokens")
+    return int(count)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("engine", "derived: zero where --ds_config is given, else fsdp", choices=("fsdp", "zero")),
         Flag("ds_config", 'DeepSpeed JSON; values "auto" are filled from these flags'),
         Flag("dtype", "number format of compute; derived: bfloat16 on CUDA, else float32"),
-        Flag("master_weights", "fp32 weights beside bfloat16 compute, or none", "fp32", choices=("fp32", "none")),
+        Flag("master_weights", "fp32 weights beside bfloat16 compute, or none (with the reference's flags and fsdp: none)", "fp32", choices=("fp32", "none")),
         Flag("grad_sync", "fsdp: reduce gradients each micro-batch, or once an update", "each", choices=("each", "last")),
         Flag("activation_checkpointing", "recompute each block in backward", "none", choices=("none", "block"), const="block"),
         Flag("single_gpu", "refuse to run on more than one rank", False, None),
@@ -116,6 +119,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
 FLAGS = {flag.name: flag for flags in GROUPS.values() for flag in flags}
 
 # What the reference's torchrun_main.py takes where a flag is not given; --batch_size it requires.
+# Its "master_weights" holds under --engine fsdp: DeepSpeed cannot do without them in every stage.
 REFERENCE_DEFAULTS: dict[str, Any] = {
     "method": "full",
     "support": "uniform",

@@ -4,6 +4,7 @@ The loss of an update is the sum of token losses over all valid tokens of all ra
 micro-batches, divided by their number: it does not depend on how the batch was cut.
 """
 
+import math
 import sys
 import time
 from typing import Any
@@ -18,8 +19,10 @@ from sltrain_dist.train.build import Run
 from sltrain_dist.train.checkpoint import Progress, save
 from sltrain_dist.train.evaluate import Batch, evaluate, perplexity, write_text
 from sltrain_dist.train.summary import human_bytes, peak_memory, say, throughput
+from sltrain_dist.utils.errors import UserError
 
 SAMPLE_TOKENS = 80
+SKIPS_IN_A_ROW = 20  # updates without a finite gradient before a run gives up
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -27,12 +30,14 @@ def train(run: Run) -> dict[str, Any]:
     config, started = run.config, time.perf_counter()
     steps = config.optimizer.total_steps
     updates = run.data.updates(run.step)
-    evaluated, rates = None, []
+    evaluated, saved, rates = None, True, []
+    started -= run.seconds  # of the segments before a resume
     with _bar(run, steps) as bar:
         while run.step < steps:
             began = time.perf_counter()
             lr = learning_rate(config.optimizer, run.step)
             loss, tokens, norm = update(run, next(updates), lr)
+            _watch(run, norm)
             run.step += 1
             run.tokens_seen += tokens
             rates.append(tokens / (time.perf_counter() - began))
@@ -51,8 +56,14 @@ def train(run: Run) -> dict[str, Any]:
             if last or (config.eval_every and run.step % config.eval_every == 0):
                 evaluated = _evaluate(run)
             if last or (config.save_every and run.step % config.save_every == 0):
-                _save(run)
-    return _finish(run, evaluated or _evaluate(run), rates, time.perf_counter() - started)
+                saved = _save(run, time.perf_counter() - started)
+    summary = _finish(run, evaluated or _evaluate(run), rates, time.perf_counter() - started)
+    if not saved:
+        raise UserError(
+            f"--save_dir {config.save_dir}: the final checkpoint could not be saved (see above); make room and "
+            "continue with --continue_from auto"
+        )
+    return summary
 
 
 def update(run: Run, micro_batches: list[Batch], lr: float) -> tuple[float, int, float]:
@@ -72,13 +83,38 @@ def update(run: Run, micro_batches: list[Batch], lr: float) -> tuple[float, int,
     else:
         weights = valid.clamp(min=1).expand(len(micro_batches))
     total: Tensor = torch.zeros((), device=mesh.device)
-    for number, batch in enumerate(micro_batches):
-        tokens, labels = (batch[key].to(mesh.device) for key in ("tokens", "labels"))
+    for number, (tokens, labels) in enumerate(_on_device(micro_batches, mesh.device)):
         share = engine.module(tokens, labels) / weights[number]
         engine.accumulate(share, last=number == len(micro_batches) - 1)
         total += share.detach()
     norm = engine.step(lr)
     return float(sum_over_ranks(mesh, total)), int(valid), norm
+
+
+def _on_device(micro_batches: list[Batch], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """(tokens, labels) of every micro-batch on the device, moved in two copies that block nobody."""
+    moved = []
+    for key in ("tokens", "labels"):
+        together = torch.stack([batch[key] for batch in micro_batches])
+        if device.type == "cuda":
+            together = together.pin_memory()
+        moved.append(together.to(device, non_blocking=True).unbind())
+    return list(zip(*moved, strict=True))
+
+
+def _watch(run: Run, norm: float) -> None:
+    """Say when an update was skipped because its gradient was not finite; give up after many in a row."""
+    if math.isfinite(norm):
+        run.skipped = 0
+        return
+    run.skipped += 1
+    if run.skipped == 1:
+        say(run.mesh, f"warning: update {run.step + 1} skipped: its gradient is not finite")
+    if run.skipped == SKIPS_IN_A_ROW:
+        raise UserError(
+            f"--lr {run.config.optimizer.lr:g}: the gradient was not finite in {SKIPS_IN_A_ROW} updates in a row, up "
+            f"to {run.step + 1}; continue from a checkpoint with a lower --lr or with --grad_clipping 1"
+        )
 
 
 def _record(run: Run, line: dict[str, Any]) -> None:
@@ -104,13 +140,16 @@ def _evaluate(run: Run) -> tuple[float, int]:
     return loss, tokens
 
 
-def _save(run: Run) -> None:
-    progress = Progress(run.step, run.tokens_seen, run.data.state(run.step), run.records.position())
+def _save(run: Run, seconds: float) -> bool:
+    """Save a checkpoint; whether it stands."""
+    position = run.records.position() | {"seconds": seconds}
+    progress = Progress(run.step, run.tokens_seen, run.data.state(run.step), position)
     saved = save(run.engine, progress, run.config)
     for warning in saved.warnings:
         say(run.mesh, f"warning: {warning}")
     if saved.folder is not None:
         say(run.mesh, f"step {run.step}: saved {saved.folder}")
+    return saved.folder is not None
 
 
 def _bar(run: Run, steps: int) -> "tqdm[Any]":
@@ -163,7 +202,7 @@ def _finish(
         "step": run.step,
         "tokens_seen": run.tokens_seen,
         "parameters": run.parameters,
-        "tokens_per_second": settled[len(settled) // 2] if settled else None,
+        "tokens_per_second": settled[len(settled) // 2] if settled else run.tokens_seen / seconds,
         "peak_memory_bytes": peak,
         "baseline_memory_bytes": run.baseline,
         "estimated_memory_bytes": run.estimate["total"],

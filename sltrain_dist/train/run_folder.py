@@ -3,28 +3,38 @@
     config.json     the resolved configuration       metrics.jsonl  one line per update or evaluation
     summary.json    the outcome, at the end          loss.png       the curve, at the end
     sample.txt      text the trained model wrote     step_N/ latest checkpoints (train.checkpoint)
+    .lock           held by the run that writes here, until its process ends
 
 A disk that fills up must not end a training: records that cannot be written are reported once.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
 import math
+import os
+import socket
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 from sltrain_dist.config import TrainConfig
+from sltrain_dist.train.checkpoint_identity import check_configuration
 from sltrain_dist.utils.errors import UserError
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 
 
 def choose_folder(config: TrainConfig) -> Path:
-    """The folder this run saves in: --save_dir, else the run continued from, else a new name by time.
+    """The folder this run saves in: --save_dir, else the run continued from, else a new one, made here.
+
+    A new one is named by the time, with -2, -3, ... where another run took the name first.
 
     Raises:
-        UserError: --continue_from auto without --save_dir.
+        UserError: --continue_from auto without --save_dir; the new folder cannot be made.
     """
     if config.save_dir:
         return Path(config.save_dir)
@@ -35,15 +45,32 @@ def choose_folder(config: TrainConfig) -> Path:
         is_step = source.resolve().name.startswith("step_")
         return source.resolve().parent if is_step else source
     stamp = time.strftime("%Y-%m-%d-%H-%M-%S")
-    return Path("runs") / f"{config.model.name}-{config.method.method}-{stamp}"
+    return _new_folder(Path("runs") / f"{config.model.name}-{config.method.method}-{stamp}")
 
 
-def claim_folder(folder: Path, continue_from: str | None) -> None:
+def _new_folder(wanted: Path) -> Path:
+    """Make ``wanted``, or the first of wanted-2, wanted-3, ... that does not exist yet."""
+    folder, number = wanted, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        except OSError as error:
+            raise UserError(f"--save_dir {folder}: not writable ({error.strerror})") from None
+        else:
+            return folder
+
+
+def claim_folder(folder: Path, config: TrainConfig) -> None:
     """Make the folder, prove that it can be written, and refuse one that holds another run.
 
     Raises:
-        UserError: not a folder, not writable, or another run's.
+        UserError: not a folder, not writable, another run's, or, under ``--continue_from auto``,
+            of a run of another model or method.
     """
+    continue_from = config.continue_from
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
@@ -62,6 +89,69 @@ def claim_folder(folder: Path, continue_from: str | None) -> None:
             f"--save_dir {folder}: holds another run; continue it with --continue_from auto, "
             "or give another folder"
         )
+    if continue_from == "auto":
+        document = _read_config(folder)
+        if document is not None:
+            check_configuration(document, config, folder)
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    """The config.json of an earlier attempt; None where there is none, or a kill left half of one."""
+    try:
+        document = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    whole = all(isinstance(document.get(part), dict) for part in ("model", "method"))
+    return document if whole else None
+
+
+class FolderLock:
+    """An exclusive hold on a run folder; ends with this object or with the process, however it dies."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._release = weakref.finalize(self, os.close, descriptor)
+        # A forked child (a data worker) shares the hold and could outlive a killed parent.
+        os.register_at_fork(after_in_child=self._release)
+
+
+_held: "weakref.WeakValueDictionary[Path, FolderLock]" = weakref.WeakValueDictionary()
+
+
+def lock_folder(folder: Path) -> object:
+    """Take the folder for this process, for as long as the returned object lives; first rank only.
+
+    Where the file system has no locks, nothing is locked and nothing said. A second call for the
+    same folder in the same process returns the same hold.
+
+    Raises:
+        UserError: a run of another process holds the folder, or its lock file cannot be opened.
+    """
+    place = folder.resolve()
+    held = _held.get(place)
+    if held is not None:
+        return held
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"--save_dir {folder}: not writable ({error.strerror})") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            owner = " ".join(os.read(descriptor, 200).decode(errors="replace").split())
+            os.close(descriptor)
+            raise UserError(
+                f"--save_dir {folder}: another run ({owner or 'unknown'}) is writing there; "
+                "wait for it or give another folder"
+            ) from None
+    else:
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{socket.gethostname()}, pid {os.getpid()}\n".encode())
+    lock = _held[place] = FolderLock(descriptor)
+    return lock
 
 
 class Records:
@@ -71,13 +161,16 @@ class Records:
         self.folder = folder
         self._active = active
         self._failed = False
+        self._torn = False  # half a line stands at the end of the metrics and could not be cut off
 
-    def _write(self, name: str, text: str, mode: str = "w") -> None:
+    def _write(self, name: str, text: str, append: bool = False) -> None:
         if not self._active:
             return
         try:
-            with open(self.folder / name, mode, encoding="utf-8") as file:
-                file.write(text)
+            if append:
+                self._append(self.folder / name, text)
+            else:
+                (self.folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
             if not self._failed:
                 print(
@@ -85,6 +178,22 @@ class Records:
                     file=sys.stderr,
                 )
             self._failed = True
+
+    def _append(self, path: Path, line: str) -> None:
+        """Add the whole line or, where the disk refuses, nothing; raises OSError."""
+        rest = memoryview((("\n" if self._torn else "") + line).encode())
+        with open(path, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                try:
+                    file.truncate(size)
+                except OSError:
+                    self._torn = True
+                raise
+        self._torn = False
 
     def config(self, config: TrainConfig) -> None:
         self._write(CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
@@ -95,7 +204,7 @@ class Records:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in line.items()
         }
-        self._write(METRICS, json.dumps(finite) + "\n", "a")
+        self._write(METRICS, json.dumps(finite) + "\n", append=True)
 
     def summary(self, summary: dict[str, Any]) -> None:
         self._write(SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -109,7 +218,10 @@ class Records:
         return {"bytes": path.stat().st_size if path.exists() else 0}
 
     def rewind(self, position: dict[str, Any]) -> None:
-        """Cut off lines written after the checkpoint that is resumed; a torn last line goes with them."""
+        """Cut off lines written after the checkpoint that is resumed; a torn last line goes with them.
+
+        ``{}``, the position of a fresh start, cuts off all.
+        """
         path = self.folder / METRICS
         if self._active and path.exists() and path.stat().st_size > position.get("bytes", 0):
             with open(path, "r+b") as file:
@@ -123,9 +235,20 @@ class Records:
             _draw(self.folder / METRICS, self.folder / "loss.png")
         except ImportError:
             return "loss.png not drawn: matplotlib is not installed"
-        except OSError as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return f"loss.png not drawn: {error}"
         return None
+
+
+def _lines(metrics: Path) -> list[dict[str, Any]]:
+    """The lines that can be read; a crash of the machine may have torn one."""
+    lines = []
+    for text in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict):
+                lines.append(line)
+    return lines
 
 
 def _draw(metrics: Path, target: Path) -> None:
@@ -135,7 +258,7 @@ def _draw(metrics: Path, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = _lines(metrics)
     training = [line for line in lines if line.get("loss") is not None]
     held_out = [line for line in lines if line.get("eval_loss") is not None]
     figure, (top, bottom) = pyplot.subplots(

@@ -6,6 +6,7 @@ process group, a tokenizer or a model exists.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from sltrain_dist.train.flags import DTYPES, FLAGS, REFERENCE_DEFAULTS, explicit
 from sltrain_dist.utils.errors import UserError
 
 _LARGEST_MICRO_BATCH = 16
+_SEEDS = 2**31  # fits every generator that a seed goes to
 POSITIVE = ("rank", "block_size", "max_length", "batch_size", "total_batch_size", "timeout",
             "gradient_accumulation", "num_training_steps", "max_train_tokens", "lr", "eps",
             "lora_alpha", "tokenizer_vocab", "cycle_length", "eval_tokens")  # fmt: skip
@@ -56,6 +58,8 @@ def resolve(arguments: Sequence[str], world_size: int) -> TrainConfig:
     settings |= _recipe(model) if not reference else REFERENCE_DEFAULTS
     if reference:
         settings |= _reference_data(given)
+        if given.get("engine") == "zero" or ds_config is not None:
+            settings["master_weights"] = FLAGS["master_weights"].default
         settings["workers"] = min(settings["workers"], os.cpu_count() or 1)
     settings |= _from_ds_config(ds_config) | given
     _check_ranges(settings)
@@ -106,9 +110,13 @@ def _from_ds_config(ds_config: dict[str, Any] | None) -> dict[str, Any]:
     for theirs, ours in names.items():
         if ds_config.get(theirs, "auto") != "auto":
             found[ours] = ds_config[theirs]
-    enabled = ds_config.get("bf16", {}).get("enabled", "auto")
+    bf16 = ds_config.get("bfloat16") or ds_config.get("bf16", {})
+    enabled = bf16.get("enabled", "auto")
     if enabled != "auto":
         found["dtype"] = "bfloat16" if enabled else "float32"
+    pure = bf16.get("bf16_master_weights_and_grads", "auto")
+    if pure != "auto":
+        found["master_weights"] = "none" if pure else "fp32"
     block = ds_config.get("optimizer", {})
     if isinstance(block.get("type"), str) and block["type"] != "auto":
         found["optimizer"] = block["type"].lower()
@@ -122,6 +130,9 @@ def _from_ds_config(ds_config: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _check_ranges(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():  # first, as NaN passes every comparison below
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value}: must be a finite number")
     for name in POSITIVE:
         if (
             settings[name] is not None
@@ -135,6 +146,10 @@ def _check_ranges(settings: dict[str, Any]) -> None:
     for name in BELOW_ONE:
         if settings[name] >= 1:
             raise UserError(f"--{name} {settings[name]}: must be below 1")
+    if not 0 <= settings["seed"] < _SEEDS:
+        raise UserError(f"--seed {settings['seed']}: must lie in [0, {_SEEDS})")
+    if settings["max_length"] < 2:
+        raise UserError(f"--max_length {settings['max_length']}: a sample needs at least 2 tokens")
     if not 0 <= settings["min_lr_ratio"] <= 1:
         raise UserError(f"--min_lr_ratio {settings['min_lr_ratio']}: must lie in [0, 1]")
     if not 0 < settings["sp_ratio"] < 1:

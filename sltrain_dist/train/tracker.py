@@ -6,6 +6,7 @@ wandb runs offline unless it is logged in, and never asks anything.
 import importlib.util
 import netrc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,18 +94,44 @@ TRACKERS: dict[str, Callable[[TrainConfig, Path], Tracker]] = {
 }
 
 
-def open_tracker(config: TrainConfig, folder: Path) -> Tracker:
-    """The tracker that --tracker names; ``auto`` takes the first one installed, or none.
+class _Guarded:
+    """A tracker that may fail (its disk full, its service gone) without ending the training."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self.description = tracker.description
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            print(
+                f"warning: tracker {self.description}: {error}; training goes on without it",
+                file=sys.stderr,
+            )
+            self._tracker = NoTracker()
+
+    def log(self, line: dict[str, Any]) -> None:
+        self._attempt(lambda: self._tracker.log(line))
+
+    def close(self) -> None:
+        self._attempt(self._tracker.close)
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a named tracker that is not installed; on every rank, before anything is built.
 
     Raises:
-        UserError: a named tracker is not installed.
+        UserError: naming the package to install.
     """
-    if config.tracker == "none":
-        return NoTracker()
+    if name in TRACKERS and importlib.util.find_spec(name) is None:
+        raise UserError(f"--tracker {name}: not installed; pip install {name}")
+
+
+def open_tracker(config: TrainConfig, folder: Path) -> Tracker:
+    """The tracker that --tracker names; ``auto`` takes the first one installed, or none."""
     wanted = list(TRACKERS) if config.tracker == "auto" else [config.tracker]
     for name in wanted:
-        if importlib.util.find_spec(name) is not None:
-            return TRACKERS[name](config, folder)
-    if config.tracker != "auto":
-        raise UserError(f"--tracker {config.tracker}: not installed; pip install {config.tracker}")
+        if name in TRACKERS and importlib.util.find_spec(name) is not None:
+            return _Guarded(TRACKERS[name](config, folder))
     return NoTracker()

@@ -98,7 +98,7 @@ def test_tokenizer_larger_than_the_model_names_both_numbers(
 
 def test_trained_size_is_capped_by_the_model(make_config, text_folder: Path) -> None:
     assert prepare_data(make_config(text_folder, vocab_size=8192), 270).vocab_size <= 270
-    with pytest.raises(UserError, match="at least 258"):
+    with pytest.raises(UserError, match=r"--tokenizer_vocab 100: .*at least 258"):
         prepare_data(make_config(text_folder), 100)
 
 

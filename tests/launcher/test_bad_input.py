@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import time
 
 import pytest
@@ -134,3 +135,37 @@ def test_deepspeed_contradiction(inputs, tmp_path):
     assert len(messages) == 1, done.stderr
     assert "train_batch_size" in messages[0]
     assert "--total_batch_size" in messages[0]
+
+
+def test_full_disk(inputs, tmp_path):
+    """No checkpoint can be written: training goes on to its end, says so, and exits with an error."""
+    line = flags(inputs, tmp_path / "run", num_training_steps=4, save_every=2)
+    limited = f"ulimit -f 300; exec {sys.executable} launcher/pretrain.py {' '.join(line)}"
+    done = launch(["bash", "-c", limited])
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "step_2 was not saved" in done.stdout
+    assert "final perplexity" in done.stdout
+    assert "the final checkpoint could not be saved" in done.stderr
+    assert losses(tmp_path / "run").keys() == {1, 2, 3, 4}
+
+
+def test_nodes_with_other_texts(inputs, tmp_path):
+    """Two 'nodes' that see different text behind one name are refused, not trained apart."""
+    script = tmp_path / "node.py"
+    script.write_text(
+        "import os, sys\n"
+        "rank = int(os.environ['RANK'])\n"
+        "os.environ['LOCAL_RANK'] = '0'\n"
+        f"os.chdir({str(tmp_path)!r} + '/node' + str(rank))\n"
+        "from launcher.pretrain import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    for rank in (0, 1):
+        node = tmp_path / f"node{rank}"
+        node.mkdir()
+        text = (inputs / "text.txt").read_text()
+        (node / "text.txt").write_text(text if rank == 0 else text[: len(text) // 2])
+    line = flags(inputs, tmp_path / "run", corpus="text.txt", cache_dir="cache")
+    done = launch(["torchrun", "--standalone", "--nproc_per_node", "2", str(script), *line])
+    assert done.returncode != 0
+    assert "rank 1 has other text" in done.stderr

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.launcher.tiny import REPOSITORY, flags, losses
+from tests.launcher.tiny import REPOSITORY, flags, losses, metrics
 
 UPDATES = 40
 
@@ -56,3 +56,5 @@ def test_killed_run_continues_on_the_same_curve(bare, inputs, tmp_path, kills):
     assert process.returncode == 0, output
     assert "continuing from" in output
     assert losses(run) == losses(tmp_path / "whole"), f"seed {seed}"
+    steps = [line["step"] for line in metrics(run) if "loss" in line]
+    assert steps == list(range(1, UPDATES + 1)), f"seed {seed}"  # none twice

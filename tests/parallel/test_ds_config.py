@@ -151,7 +151,9 @@ def test_reducing_once_an_update_is_refused_where_gradients_are_partitioned(stag
 @pytest.mark.parametrize("stage", [0, 1])
 def test_pure_bfloat16_is_refused_where_deepspeed_cannot(stage: int) -> None:
     pure = EngineConfig(engine="zero", dtype="bfloat16", master_weights=False)
-    with pytest.raises(UserError, match="use --engine fsdp, or stage 2 or 3"):
+    with pytest.raises(
+        UserError, match="use --master_weights fp32, --engine fsdp, or stage 2 or 3"
+    ):
         _resolve({"zero_optimization": {"stage": stage}}, pure)
     resolved = _resolve({"zero_optimization": {"stage": 2}}, pure)
     assert resolved["bf16"]["bf16_master_weights_and_grads"] is True
@@ -173,3 +175,61 @@ def test_malformed_files_are_user_errors(tmp_path: Path, text: str | bytes, word
         load_ds_config(path)
     with pytest.raises(UserError, match="no such file"):
         load_ds_config(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("bf16", True, "an object"),
+        ("bf16", None, "an object"),
+        ("optimizer", "adam", "an object"),
+        ("optimizer.params", None, "an object"),
+        ("optimizer.type", 3, "a string"),
+        ("optimizer.params.betas", 0.9, "a list of two numbers in [0, 1)"),
+        ("optimizer.params.betas", [0.9], "a list of two numbers in [0, 1)"),
+        ("optimizer.params.lr", "1e-3", "a positive number"),
+        ("optimizer.params.lr", float("nan"), "a positive number"),
+        ("optimizer.params.weight_decay", -1, "a number that is not negative"),
+        ("train_batch_size", "64", "a positive integer"),
+        ("train_batch_size", 0, "a positive integer"),
+        ("train_batch_size", True, "a positive integer"),
+        ("train_micro_batch_size_per_gpu", 2.5, "a positive integer"),
+        ("gradient_accumulation_steps", -2, "a positive integer"),
+        ("gradient_clipping", "1.0", "a number that is not negative"),
+        ("gradient_clipping", [1], "a number that is not negative"),
+        ("zero_optimization", [], "an object"),
+        ("zero_optimization", None, "an object"),
+        ("zero_optimization.stage", "2", "0, 1, 2 or 3"),
+        ("zero_optimization.stage", 4, "0, 1, 2 or 3"),
+        ("zero_optimization.stage", True, "0, 1, 2 or 3"),
+        ("zero_optimization.reduce_bucket_size", "big", "a whole number"),
+        ("zero_optimization.offload_param", "cpu", "an object or null"),
+        ("zero_optimization.offload_param.device", None, "a string"),
+        ("bf16.enabled", "yes", "true or false"),
+        ("fp16.enabled", 1, "true or false"),
+        ("data_types.grad_accum_dtype", 32, "a string"),
+    ],
+)
+def test_wrong_types_are_named_with_file_key_value_and_what_is_expected(
+    tmp_path: Path, key: str, value: Any, words: str
+) -> None:
+    path = tmp_path / "ds.json"
+    content = value
+    for part in reversed(key.split(".")):
+        content = {part: content}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as raised:
+        load_ds_config(path)
+    expected = f'--ds_config {path}: "{key}" is {json.dumps(value)}; it must be {words}'
+    assert expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_sizes_as_deepspeeds_examples_write_them_and_null_where_it_means_none(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "ds.json"
+    zero = {"stage": 3, "reduce_bucket_size": 5e8, "offload_param": None, "overlap_comm": "auto"}
+    content = {"zero_optimization": zero, "gradient_clipping": 0, "steps_per_print": None}
+    path.write_text(json.dumps(content))
+    assert load_ds_config(path) == content

@@ -6,6 +6,7 @@ averages, instead of summing token losses, gives another curve.
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from sltrain_dist.config import EngineConfig, MethodConfig, ModelConfig, Optimiz
 from sltrain_dist.model.llama import Llama
 from sltrain_dist.optim import OptimizerFactory
 from sltrain_dist.parallel.engine import Engine, ModelFactory, build_engine
-from sltrain_dist.parallel.mesh import Mesh, sum_over_ranks
+from sltrain_dist.parallel.mesh import Mesh
+from sltrain_dist.train import loop
 
 LENGTH, GLOBAL_BATCH, ACCUMULATION = 16, 8, 2
 METHOD = MethodConfig(rank=8, density=0.1, alpha=8.0, seed=3)
@@ -66,20 +68,31 @@ def micro_batches(mesh: Mesh, update: int) -> list[tuple[Tensor, Tensor]]:
     return [(tokens[s : s + size], labels[s : s + size]) for s in starts]
 
 
+class Hooked:
+    """An engine whose loss passes through a hook before backward: how faults are planted."""
+
+    def __init__(self, engine: Engine, hook: Callable[[Tensor], Tensor]) -> None:
+        self.engine, self.hook = engine, hook
+        self.mesh, self.module, self.step = engine.mesh, engine.module, engine.step
+
+    def accumulate(self, loss: Tensor, *, last: bool) -> None:
+        self.engine.accumulate(self.hook(loss), last=last)
+
+
 def update(
     engine: Engine, number: int, lr: float, loss_hook: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[float, float]:
-    """One update; returns (mean token loss over all ranks, gradient norm)."""
+    """One update by the real loop's function; returns (mean token loss over all ranks, gradient norm)."""
     parts = micro_batches(engine.mesh, number)
-    valid = torch.tensor(float(sum(int((labels != -100).sum()) for _, labels in parts)))
-    valid = sum_over_ranks(engine.mesh, valid)
-    total = torch.zeros(())
-    for index, (tokens, labels) in enumerate(parts):
-        loss = engine.module(tokens, labels) / valid
-        total += loss.detach()
-        loss = loss_hook(loss) if loss_hook is not None else loss
-        engine.accumulate(loss, last=index == len(parts) - 1)
-    return sum_over_ranks(engine.mesh, total).item(), engine.step(lr)
+    run: Any = SimpleNamespace(
+        engine=engine if loss_hook is None else Hooked(engine, loss_hook),
+        mesh=engine.mesh,
+        config=SimpleNamespace(loss_average="tokens"),
+    )
+    batches = [{"tokens": tokens, "labels": labels} for tokens, labels in parts]
+    loss, tokens_seen, norm = loop.update(run, batches, lr)
+    assert tokens_seen == int((batch(number)[1] >= 0).sum())
+    return loss, norm
 
 
 def config(kind: str, dp_size: int, **changes: Any) -> EngineConfig:

@@ -1,9 +1,12 @@
 """Which checkpoint is meant, and which is believed: every kind of damage is named and passed over."""
 
+import errno
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,12 +106,75 @@ def test_none_whole(mesh: Mesh, tmp_path: Path) -> None:
     write(mesh, tmp_path, 2)
     for step in (1, 2):
         truncate(tmp_path / f"step_{step}")
-    for target in (str(tmp_path), str(tmp_path / "step_2")):
-        with pytest.raises(UserError, match=r"no whole checkpoint: .*step_2 is damaged"):
+    for target in ("auto", str(tmp_path), str(tmp_path / "step_2")):
+        with pytest.raises(UserError, match=r"no whole checkpoint: .*step_2 is damaged") as error:
             find(target, tmp_path, mesh)
+        assert "\n" not in str(error.value)
+        assert "move the folder away or give another --save_dir" in str(error.value)
+        assert "unreadable" not in str(error.value)
+
+
+def fail_reading(monkeypatch: pytest.MonkeyPatch, victims: tuple[str, ...]) -> None:
+    """The disk answers EIO for all content of the folders of these names."""
+    real = io.open
+
+    def fail(file: Any, *arguments: Any, **keywords: Any) -> Any:
+        if Path(str(file)).parent.name in victims:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return real(file, *arguments, **keywords)
+
+    monkeypatch.setattr(io, "open", fail)
+
+
+def test_passing_failure_to_read_costs_nothing(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unreadable is not damaged, no reason to start fresh, and no reason to prune."""
+    for step in (1, 2):
+        write(mesh, tmp_path, step)
+    with monkeypatch.context() as broken:
+        fail_reading(broken, ("step_1", "step_2"))
+        for target in ("auto", str(tmp_path)):
+            with pytest.raises(UserError, match=r"step_2 is unreadable .*run again") as error:
+                find(target, tmp_path, mesh)
+            assert "damaged" not in str(error.value)
+        write(mesh, tmp_path, 3, keep_last=1)
+    assert names(tmp_path) == ["latest", "step_1", "step_2", "step_3"]
+    assert find("auto", tmp_path, mesh).folder == tmp_path / "step_3"
+    write(mesh, tmp_path, 4, keep_last=1)
+    assert names(tmp_path) == ["latest", "step_4"]
+
+
+def test_unreadable_newest_is_passed_over(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        write(mesh, tmp_path, step)
+    fail_reading(monkeypatch, ("step_2",))
     found = find("auto", tmp_path, mesh)
-    assert found.folder is None
-    assert len(found.warnings) == 2
+    assert found.folder == tmp_path / "step_1"
+    assert "step_2 is unreadable (manifest.json: unreadable (Input/output error))" in str(found)
+
+
+def test_run_folder_that_cannot_be_listed_is_not_an_empty_one(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(mesh, tmp_path, 1)
+
+    def fail(path: Path) -> list[str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(os, "listdir", fail)
+    with pytest.raises(UserError, match="not readable"):
+        find("auto", tmp_path, mesh)
+
+
+def test_prune_leaves_what_has_no_readable_manifest(mesh: Mesh, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(mesh, tmp_path, step)
+    (tmp_path / "step_2" / "manifest.json").unlink()
+    write(mesh, tmp_path, 4, keep_last=2)
+    assert names(tmp_path) == ["latest", "step_2", "step_3", "step_4"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"step_99", b"\xff\xfe", b"../step_1", b"."])

@@ -1,6 +1,7 @@
 """Checkpoints of another model, method, support, optimizer or layout: refused by name, or said."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,19 @@ def test_other_configuration(
         with pytest.raises(UserError, match=complaint):
             load(tmp_path / "step_1", engine, config)
         assert not engine.loaded
+
+
+def test_optimizer_with_the_same_tensors(mesh: Mesh, tmp_path: Path) -> None:
+    """adam and adamw keep the same states; only the name tells them apart."""
+    write(mesh, tmp_path, 1)
+    engine, config = FakeEngine(mesh, 0), make_config(str(tmp_path))
+    other = replace(config, optimizer=replace(config.optimizer, name="adam"))
+    with pytest.raises(
+        UserError, match="--optimizer adamw, this run has --optimizer adam; give --optimizer adamw"
+    ) as error:
+        load(tmp_path / "step_1", engine, other)
+    assert "\n" not in str(error.value)
+    assert not engine.loaded
 
 
 def test_weights_change_precision_with_a_message(mesh: Mesh, tmp_path: Path) -> None:

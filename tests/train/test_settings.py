@@ -81,7 +81,7 @@ def test_our_defaults():
 
 
 @pytest.mark.parametrize(
-    ("size", "rank"), [("60m", 128), ("130m", 256), ("350m", 256), ("1b", 512)]
+    ("size", "rank"), [("60m", 128), ("130m", 256), ("350m", 256), ("1b", 512), ("7b", 1024)]
 )
 def test_recipes(size, rank):
     got = config(f"--model llama_{size}")
@@ -90,7 +90,7 @@ def test_recipes(size, rank):
 
 @pytest.mark.parametrize("name", ModelConfig.presets())
 def test_every_preset_resolves(name):
-    assert config(f"--model {name} --optimizer adamw --corpus stdlib").model.name == name
+    assert config(f"--model {name} --corpus stdlib").model.name == name
 
 
 def test_flag_beats_ds_json_beats_recipe(tmp_path):
@@ -111,6 +111,25 @@ def test_ds_precision(tmp_path):
     assert config(f"--ds_config {path}").engine.dtype == "bfloat16"
     with pytest.raises(UserError, match="bf16"):
         config(f"--ds_config {path} --dtype float32")
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_the_references_flags_under_deepspeed_get_master_weights(stage):
+    line = f"{PUBLISHED} --ds_config ds_configs/{stage}.json"
+    assert config(line).engine.master_weights
+    if stage in ("zero1", "zero3_offload"):
+        with pytest.raises(UserError, match="use --master_weights fp32"):
+            config(f"{line} --master_weights none")
+    else:
+        assert not config(f"{line} --master_weights none").engine.master_weights
+
+
+def test_master_weights_of_the_ds_json(tmp_path):
+    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True}
+    path = write_ds(tmp_path, bf16=bf16, zero_optimization={"stage": 2})
+    assert not config(f"--ds_config {path}").engine.master_weights
+    with pytest.raises(UserError, match="--master_weights fp32 makes it False"):
+        config(f"--ds_config {path} --master_weights fp32")
 
 
 @pytest.mark.parametrize(
@@ -158,6 +177,16 @@ MISTAKES = [
     ("--betas 0.9", "--betas 0.9: two numbers"),
     ("--min_lr_ratio 2", "--min_lr_ratio 2.0"),
     ("--lora_dropout 1", "--lora_dropout 1.0: must be below 1"),
+    *[
+        (f"--{name} {value}", f"--{name} {value}: must be a finite number")
+        for name in ("lr", "sp_ratio", "lora_alpha", "eps", "timeout", "grad_clipping", "beta1")
+        for value in ("nan", "inf")
+    ],
+    ("--max_train_tokens inf", "--max_train_tokens: invalid token_count value: 'inf'"),
+    ("--eval_tokens nan", "--eval_tokens: invalid token_count value: 'nan'"),
+    ("--seed -1", "--seed -1: must lie in [0, 2147483648)"),
+    (f"--seed {2**63}", f"--seed {2**63}: must lie in [0, 2147483648)"),
+    ("--max_length 1", "--max_length 1: a sample needs at least 2 tokens"),
     ("--nonsense 3", "unrecognized arguments: --nonsense 3"),
     ("--pack loose", "--pack: invalid choice: 'loose'"),
 ]
@@ -194,11 +223,63 @@ def test_model_config_files(tmp_path, content, message):
         config(f"--model {path}")
 
 
+FIELDS = [
+    ("num_key_value_heads", "x", "a positive integer"),
+    ("num_key_value_heads", -2, "a positive integer"),
+    ("hidden_size", True, "a positive integer"),
+    ("head_dim", "8", "a positive integer"),
+    ("max_position_embeddings", "a", "a positive integer"),
+    ("rms_norm_eps", "a", "a positive number"),
+    ("rms_norm_eps", float("nan"), "a positive number"),
+    ("rope_theta", [1], "a positive number"),
+    ("initializer_range", -1, "a number that is not negative"),
+    ("tie_word_embeddings", "false", "true or false"),
+    ("attention_bias", 1, "true or false"),
+    ("mlp_bias", None, "true or false"),
+    ("bos_token_id", "0", "a token id"),
+    ("eos_token_id", [1, "2"], "a token id, or a list of them"),
+    ("eos_token_id", [], "a token id, or a list of them"),
+    ("pad_token_id", 0.5, "a token id"),
+    ("rope_scaling", [1], "an object"),
+    ("rope_scaling.factor", "2", "a positive number"),
+    ("rope_scaling.rope_type", 3, "a string"),
+    ("rope_parameters.rope_theta", "a", "a positive number"),
+    ("rope_parameters.short_factor", [1, "2"], "a list of positive numbers"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), FIELDS)
+def test_every_field_of_a_model_config_is_checked(tmp_path, key, value, words):
+    sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    raw = {"model_type": "llama", **dict.fromkeys(sizes.split(), 8)}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(raw))
+    ModelConfig.load(str(path))
+    block, _, inner = key.partition(".")
+    path.write_text(json.dumps(raw | {block: {inner: value} if inner else value}))
+    with pytest.raises(UserError) as caught:
+        ModelConfig.load(str(path))
+    assert f"{path}: {key} is {value!r}; it must be {words}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_malformed_ds_json(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text('{"train_batch_size": ')
     with pytest.raises(UserError, match="not a readable JSON file"):
         config(f"--ds_config {path}")
+
+
+def test_prepare_data_resolves_as_pretrain_does():
+    from launcher.prepare_data import parse
+
+    lines = ["", "--model llama_60m --tokenizer_vocab 999 --eval_tokens 1M --pack padded"]
+    for line in lines:
+        ours, theirs = parse(line.split()), config(line)
+        assert (ours.data, ours.model) == (theirs.data, theirs.model)
+    assert parse("--tokenizer_vocab 99999".split()).data.vocab_size == 8192
+    with pytest.raises(UserError, match="--max_length 1: a sample"):
+        parse("--max_length 1".split())
 
 
 def test_token_counts():
