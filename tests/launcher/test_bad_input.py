@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.launcher.tiny import CONFIG, deepspeed, flags, launch, losses
+from tests.launcher.tiny import CONFIG, REPOSITORY, deepspeed, flags, launch, losses
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,7 @@ def test_nodes_with_other_texts(inputs, tmp_path):
     script = tmp_path / "node.py"
     script.write_text(
         "import os, sys\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
         "rank = int(os.environ['RANK'])\n"
         "os.environ['LOCAL_RANK'] = '0'\n"
         f"os.chdir({str(tmp_path)!r} + '/node' + str(rank))\n"
