@@ -14,6 +14,7 @@ import torch
 
 from sltrain_dist.config import MethodConfig, ModelConfig
 from sltrain_dist.model.llama import Llama
+from sltrain_dist.parallel import zero
 from sltrain_dist.params import collect_specs
 from tests.model.small import SLTRAIN, batch, filled, initial_value, small
 from tests.ranks import run_ranks
@@ -58,8 +59,8 @@ def under_fsdp2(mesh: Any, config: ModelConfig) -> list[Result]:
 
 def under_zero3(mesh: Any, config: ModelConfig) -> Result:
     """Stage 3 with every parameter partitioned; the second update uses refreshed shards."""
-    import deepspeed
-
+    # The engine's own import: DeepSpeed by itself would compile a shared-memory all-reduce first.
+    deepspeed = zero._deepspeed()
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo")
     model = filled(config, SLTRAIN, checkpointing="block")
