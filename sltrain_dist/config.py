@@ -128,7 +128,7 @@ class ModelConfig:
             path = preset
         try:
             raw = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{flag} {path}: not a readable JSON file ({error})") from None
         return _from_hf(raw, path, flag)
 

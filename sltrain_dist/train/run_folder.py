@@ -200,14 +200,10 @@ class Records:
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Append one line; numbers that JSON has no name for become null."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in line.items()
-        }
-        self._write(METRICS, json.dumps(finite) + "\n", append=True)
+        self._write(METRICS, json.dumps(_finite(line)) + "\n", append=True)
 
     def summary(self, summary: dict[str, Any]) -> None:
-        self._write(SUMMARY, json.dumps(summary, indent=2) + "\n")
+        self._write(SUMMARY, json.dumps(_finite(summary), indent=2) + "\n")
 
     def sample(self, text: str) -> None:
         self._write("sample.txt", text + "\n")
@@ -249,6 +245,14 @@ def _lines(metrics: Path) -> list[dict[str, Any]]:
             if isinstance(line, dict):
                 lines.append(line)
     return lines
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """The line with NaN and infinities, for which JSON has no name, as None."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }
 
 
 def _draw(metrics: Path, target: Path) -> None:

@@ -212,3 +212,11 @@ def test_picture(tmp_path):
 def test_picture_of_strange_lines(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n')
     assert "not drawn" in Records(tmp_path, active=True).picture()
+
+
+def test_summary_is_strict_json(tmp_path):
+    Records(tmp_path, active=True).summary({"final_eval_loss": float("nan"), "step": 3})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "final_eval_loss": None,
+        "step": 3,
+    }
