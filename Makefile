@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+KERNELS := $(wildcard csrc/*.py csrc/cpu/* csrc/cuda/*)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: pretrain test lint setup clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py launcher/install.sh
+$(VENV)/.installed: pyproject.toml setup.py launcher/install.sh $(KERNELS)
 	sh launcher/install.sh $(PYTHON) $(VENV)
 	touch $@
 
@@ -25,4 +26,4 @@ lint: setup
 	lint-imports
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info sltrain_dist/_kernels_*.so

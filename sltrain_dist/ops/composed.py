@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sltrain_dist.ops.precision import compute_dtype, widened
-from sltrain_dist.ops.tiles import Tiles, add_support, gather_support
+from sltrain_dist.ops.support import add_support, gather_support
+from sltrain_dist.ops.tiles import Tiles, matrix_shape
 
 
 def effective_scale(scaling: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor | float:
@@ -37,32 +38,17 @@ def compose_weight(
     tiles: Tiles,
     shape: tuple[int, int],
 ) -> Tensor:
-    """W = s * B A + S as a dense matrix [out, in] in the dtype of ``values``."""
-    w = values.new_zeros(shape)
-    add_support(w, values, offsets, tiles)
-    if b is not None and a is not None:
-        if scaling is None:
-            w.addmm_(b, a, alpha=scale)
-        else:
-            w.addmm_(b * effective_scale(scaling, scale, b.dtype), a)
+    """W = s * B A + S as a dense matrix [out, in] in the dtype of ``values``; no other workspace."""
+    w = values.new_empty(shape)
+    if b is None or a is None:
+        w.zero_()
+    elif scaling is None:
+        torch.addmm(w, b, a, beta=0, alpha=scale, out=w)
+    else:
+        torch.mm(b, a, out=w)
+        w.mul_(effective_scale(scaling, scale, w.dtype))
+    add_support(w, values, offsets, tiles.tile_out, tiles.tile_in, tiles.block)
     return w
-
-
-def matrix_shape(values: Tensor, tiles: Tiles) -> tuple[int, int]:
-    """The [out, in] of the matrix whose support these values belong to."""
-    if tiles.is_whole(values):
-        return tiles.tile_out, tiles.tile_in
-    return values.shape[0] * tiles.tile_out, values.shape[1] * tiles.tile_in
-
-
-def _check(x: Tensor, values: Tensor, offsets: Tensor, tiles: Tiles) -> None:
-    _, in_features = matrix_shape(values, tiles)
-    if x.shape[-1] != in_features:
-        raise ValueError(f"x has {x.shape[-1]} features, the support is for {in_features}")
-    if x.dtype != values.dtype:
-        raise TypeError(f"x is {x.dtype}, values are {values.dtype}: they must agree")
-    if offsets.dtype not in (torch.uint8, torch.int32, torch.int64):
-        raise TypeError(f"offsets are {offsets.dtype}; uint8, int32 or int64 is expected")
 
 
 @torch.library.custom_op("sltrain_dist::composed_linear", mutates_args=())
@@ -94,13 +80,8 @@ def composed_linear(
 
     Returns:
         y [..., out] in the dtype of x (float32, float64 or bfloat16; all floating inputs share it).
-
-    Raises:
-        ValueError: features of x and of the support differ.
-        TypeError: dtypes of x and values differ, or offsets are not integers.
     """
     tiles = Tiles(tile_out, tile_in, block)
-    _check(x, values, offsets, tiles)
     shape = matrix_shape(values, tiles)
     dtype = compute_dtype(x)
     wide_x, b, a, values, bias = widened(dtype, x, b, a, values, bias)
@@ -169,7 +150,7 @@ def composed_linear_backward(
         for start in range(0, shape[0], rows):
             dw = dy2[:, start : start + rows].t() @ x2
             if need_values:
-                gather_support(dw, start, dvalues, offsets, tiles)
+                gather_support(dw, start, dvalues, offsets, tile_out, tile_in, block)
             if low_rank:
                 assert b is not None
                 assert a is not None
@@ -177,13 +158,15 @@ def composed_linear_backward(
                 if need_b or need_scaling:
                     dw_a = dw @ a.t()
                     if need_b:
-                        db[start : start + rows] = dw_a * s
+                        torch.mul(dw_a, s, out=db[start : start + rows])
                     if need_scaling:
                         ds += (dw_a.to(wide) * b_panel.to(wide)).sum()
-                if need_a:
+                if need_a and dw.dtype == wide:
+                    torch.addmm(da, b_panel.t(), dw, out=da)
+                elif need_a:
                     da += b_panel.t() @ dw
         if need_a and low_rank:
-            da = (da * s).to(x.dtype)
+            da = da.mul_(s).to(x.dtype)
         if need_scaling:
             assert scaling is not None
             ds = (ds * (1 - torch.tanh(scaling.to(wide)) ** 2)).to(scaling.dtype)
@@ -205,7 +188,13 @@ def _(
     block: int,
     needs: list[bool],
 ) -> list[Tensor]:
-    inputs = (x, b, a, values, scaling)
+    return empty_gradients((x, b, a, values, scaling), needs)
+
+
+def empty_gradients(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:
+    """What a backward operator returns for (x, b, a, values, scaling), without the numbers."""
+    (x, *_) = inputs
+    assert x is not None
     return [
         x.new_empty(tensor.shape, dtype=tensor.dtype)
         if need and tensor is not None
@@ -214,7 +203,8 @@ def _(
     ]
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Setup of the autograd context, for both paths."""
     x, b, a, values, offsets, bias, scaling, scale, tile_out, tile_in, block = inputs
     # Nothing but the inputs: no scaled copy of A, no W, no view of a parameter.
     ctx.save_for_backward(x, b, a, values, offsets, scaling)
@@ -222,13 +212,12 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.constants = (scale, tile_out, tile_in, block)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def gradients(ctx: Any, dy: Tensor, operator: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments of a linear operator whose backward is ``operator``."""
     x, b, a, values, offsets, scaling = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[6]]
-    grads = torch.ops.sltrain_dist.composed_linear_backward(
-        dy, x, b, a, values, offsets, scaling, *ctx.constants, needs
-    )
+    grads = operator(dy, x, b, a, values, offsets, scaling, *ctx.constants, needs)
     dx, db, da, dvalues, ds = (
         grad if need else None for grad, need in zip(grads, needs, strict=True)
     )
@@ -236,35 +225,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, db, da, dvalues, None, dbias, ds, None, None, None, None
 
 
-composed_linear.register_autograd(_backward, setup_context=_save_inputs)
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return gradients(ctx, dy, torch.ops.sltrain_dist.composed_linear_backward)
 
 
-def sltrain_linear(
-    x: Tensor,
-    factors: tuple[Tensor, Tensor] | None,
-    values: Tensor,
-    offsets: Tensor,
-    bias: Tensor | None,
-    scaling: Tensor | None,
-    scale: float,
-    tiles: Tiles,
-) -> Tensor:
-    """``composed_linear`` with its factors (B, A) and its tiles as one argument each."""
-    b, a = factors or (None, None)
-    y: Tensor = composed_linear(
-        x,
-        b,
-        a,
-        values,
-        offsets,
-        bias,
-        scaling,
-        scale,
-        tiles.tile_out,
-        tiles.tile_in,
-        tiles.block,
-    )
-    return y
+composed_linear.register_autograd(_backward, setup_context=save_inputs)
 
 
 def workspace_bytes(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sltrain_dist.ops.precision import compute_dtype
+
 IGNORED = -100  # label of a token that takes no part in the loss
 MINIMUM_CHUNK = 256  # tokens; fewer starve the matrix product
 
@@ -129,8 +131,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             else None
         )
         loss = hidden.new_zeros((), dtype=accumulate)
-        # CPUs without bfloat16 units emulate its products fifty times slower than float32's
-        compute = accumulate if hidden.device.type == "cpu" else hidden.dtype
+        compute = compute_dtype(hidden)
         used = weight[:vocab_size].to(compute)
         size = chunk_size(hidden.shape[0], hidden.shape[1], vocab_size)
         for start in range(0, hidden.shape[0], size):

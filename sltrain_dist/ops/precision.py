@@ -4,6 +4,7 @@ Measured on an AVX2 machine, 1024 tokens, 512 -> 1376: dy @ W takes 8 ms in floa
 bfloat16, and widening both ways adds a few per cent. Results are rounded to bfloat16 once, at the end.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -11,9 +12,16 @@ from torch import Tensor
 from torch.nn import functional
 
 
+@functools.cache
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in units of its own (AVX512_BF16, with or without AMX)."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which products with ``x`` are computed."""
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+    """The dtype in which products with ``x`` are computed; csrc/cpu/factorized.cpp decides alike."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not native_bfloat16():
         return torch.float32
     return x.dtype
 

@@ -57,30 +57,8 @@ class Tiles:
         return max(self.tile_out, rows // self.tile_out * self.tile_out)
 
 
-def add_support(w: Tensor, values: Tensor, offsets: Tensor, tiles: Tiles) -> None:
-    """Write S into the zero matrix ``w`` [out, in] in place. Positions are unique, so nothing is summed."""
+def matrix_shape(values: Tensor, tiles: Tiles) -> tuple[int, int]:
+    """The [out, in] of the matrix whose support these values belong to."""
     if tiles.is_whole(values):
-        w.view(-1).scatter_(0, offsets.long(), values)
-        return
-    rows = tiles.panel_rows(w.shape[0])
-    for start in range(0, w.shape[0], rows):
-        panel = tiles.view(w[start : start + rows])
-        part = slice(start // tiles.tile_out, start // tiles.tile_out + panel.shape[0])
-        panel.scatter_(2, tiles.index(offsets[part]), tiles.blocks(values[part]))
-
-
-def gather_support(
-    panel: Tensor, start: int, dvalues: Tensor, offsets: Tensor, tiles: Tiles
-) -> None:
-    """Read a panel of dW (rows ``start`` and on) at the support, into ``dvalues`` in place."""
-    if offsets.dim() == 1:
-        # The flat support is not cut by rows: its boundaries live on the device, and reading them would sync.
-        position = offsets.long() - start * panel.shape[1]
-        inside = (position >= 0) & (position < panel.numel())
-        found = panel.reshape(-1)[position.clamp_(0, panel.numel() - 1)]
-        dvalues.copy_(found.where(inside, dvalues))
-        return
-    view = tiles.view(panel)
-    part = slice(start // tiles.tile_out, start // tiles.tile_out + view.shape[0])
-    found = view.gather(2, tiles.index(offsets[part]))
-    dvalues[part] = found.reshape(dvalues[part].shape)
+        return tiles.tile_out, tiles.tile_in
+    return values.shape[0] * tiles.tile_out, values.shape[1] * tiles.tile_in

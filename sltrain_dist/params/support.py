@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.config import SupportKind
+from sltrain_dist.ops.generate import distinct_offsets, sample_positions
 from sltrain_dist.ops.tiles import Tiles
 from sltrain_dist.utils import counter_random
 from sltrain_dist.utils.errors import UserError
@@ -146,7 +147,7 @@ class Support:
             seed: of the run.
             name: the layer's full name; other layers get other patterns.
         """
-        key = counter_random.key(seed, name, "support")
+        key = counter_random.signed(counter_random.key(seed, name, "support"))
         if self.kind == "uniform":
             return self._uniform(key, device)[start:stop]
         first, last = start // self.k, -(-stop // self.k)
@@ -164,7 +165,8 @@ class Support:
 
     def _independent(self, key: int, tile: Tensor) -> Tensor:
         """k distinct positions for every tile, sorted, by Floyd's sampling (CACM 30(9), 1987)."""
-        return _distinct(key, tile, self.positions, self.k).to(self.offset_dtype)
+        offsets: Tensor = distinct_offsets(key, tile, self.positions, self.k)
+        return offsets.to(self.offset_dtype)
 
     def _balanced(self, key: int, tile: Tensor) -> Tensor:
         """k positions per tile such that each group of m lines forms a circulant in a shuffled order.
@@ -184,20 +186,16 @@ class Support:
         position = torch.arange(m, device=tile.device)
         keys = counter_random.hash64(key, unique[:, None] * m + position)
         pi = keys.argsort(dim=1)
-        shifts = _distinct(key ^ 0x5DEECE66D, unique, m, self.k).long()
+        shifts = distinct_offsets(key ^ 0x5DEECE66D, unique, m, self.k).long()
         taken = (line % m)[:, None].add(shifts[inverse]) % m
         return pi[inverse].gather(1, taken).sort(dim=1).values.to(self.offset_dtype)
 
     def _uniform(self, key: int, device: torch.device | str) -> Tensor:
         """``k`` positions of the logical matrix without replacement, sorted, as flat physical positions."""
         count = self.logical[0] * self.logical[1]
-        draws = [
-            counter_random.permute(
-                key, torch.arange(i, min(i + _CHUNK, self.k), device=device), count
-            )
-            for i in range(0, self.k, _CHUNK)
-        ]
-        flat = torch.cat(draws).to(torch.int32).sort().values.long()
+        positions = torch.empty(self.k, dtype=torch.int32, device=device)
+        sample_positions(positions, key, count)
+        flat = positions.long()
         row = flat // self.logical[1]
         return (flat + row * (self.shape[1] - self.logical[1])).to(self.offset_dtype)
 
@@ -224,27 +222,6 @@ class Support:
         column = column[:, None] + step % self.tiles.block
         mask = (row < self.logical[0]) & (column < self.logical[1])
         return mask.view(-1)[start - first * area : stop - first * area]
-
-
-def _distinct(key: int, tile: Tensor, bound: int, k: int) -> Tensor:
-    """k distinct sorted integers of [0, bound) for every tile number; [tiles, k] uint8 (int16 where bound > 256)."""
-    dtype = torch.uint8 if bound <= 256 else torch.int16
-    chosen = torch.empty((k, tile.numel()), dtype=dtype, device=tile.device)
-    counter = tile * k
-    for j in range(k):
-        top = bound - k + j
-        draw = counter_random.below(counter_random.hash64(key, counter + j), top + 1).to(dtype)
-        taken = (chosen[:j] == draw).any(dim=0)
-        chosen[j] = draw.masked_fill_(taken, top)
-    # Odd-even transposition: k rounds of min and max on whole rows beat a sort of many short columns.
-    for turn in range(k):
-        pairs = (k - turn % 2) // 2
-        low = chosen[turn % 2 :: 2][:pairs]
-        high = chosen[turn % 2 + 1 :: 2][:pairs]
-        smaller = torch.minimum(low, high)
-        torch.maximum(low, high, out=high)
-        low.copy_(smaller)
-    return chosen.t()
 
 
 def partial_hash(seed: int, name: str, start: int, offsets: Tensor) -> int:

@@ -19,8 +19,8 @@ _MIX_2 = 0x94D049BB133111EB
 _FEISTEL_ROUNDS = 4
 
 
-def _signed(word: int) -> int:
-    """Reinterpret an unsigned 64-bit word as int64."""
+def signed(word: int) -> int:
+    """Reinterpret an unsigned 64-bit word as int64, which is what torch has."""
     word &= 0xFFFFFFFFFFFFFFFF
     return word - (1 << 64) if word >> 63 else word
 
@@ -38,14 +38,14 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def mix64(x: Tensor) -> Tensor:
     """The splitmix64 finaliser: a bijection of int64, element by element."""
-    x = (x ^ _shift_right(x, 30)).mul_(_signed(_MIX_1))
-    x = x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(_MIX_2))
+    x = (x ^ _shift_right(x, 30)).mul_(signed(_MIX_1))
+    x = x.bitwise_xor_(_shift_right(x, 27)).mul_(signed(_MIX_2))
     return x.bitwise_xor_(_shift_right(x, 31))
 
 
 def hash64(key: int, index: Tensor) -> Tensor:
     """64 random bits for every counter in ``index`` (int64, any shape) under ``key``; int64."""
-    return mix64(index * _signed(_GOLDEN) + _signed(key))
+    return mix64(index * signed(_GOLDEN) + signed(key))
 
 
 def below(bits: Tensor, bound: int) -> Tensor:
@@ -86,8 +86,8 @@ def permute(key: int, index: Tensor, n: int) -> Tensor:
         x = flat[pending]
         left, right = x >> half, x & low
         for round_number in range(_FEISTEL_ROUNDS):
-            digest = (right + _signed(key + round_number * _GOLDEN)).mul_(_signed(_MIX_1))
-            digest = digest.bitwise_xor_(digest >> 32).mul_(_signed(_MIX_2))
+            digest = (right + signed(key + round_number * _GOLDEN)).mul_(signed(_MIX_1))
+            digest = digest.bitwise_xor_(digest >> 32).mul_(signed(_MIX_2))
             left, right = right, _shift_right(digest, 64 - half).bitwise_xor_(left)
         x = (left << half) | right
         flat[pending] = x

@@ -1,6 +1,7 @@
 """The support is a pure function of (seed, name, global coordinate), of the right size, in each kind."""
 
 import itertools
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -110,9 +111,11 @@ def test_inside_marks_padding(kind):
     offsets = all_offsets(support).view(support.offsets_shape)
     count = torch.Size(support.values_shape).numel()
     inside = support.inside(0, "layer", 0, count)
-    from sltrain_dist.ops.tiles import add_support
+    from sltrain_dist.ops.support import add_support
 
-    add_support(dense, 1.0 + inside.float().view(support.values_shape), offsets, support.tiles)
+    add_support(
+        dense, 1.0 + inside.float().view(support.values_shape), offsets, *astuple(support.tiles)
+    )
     assert set(dense[:60, :90].unique().tolist()) == {0.0, 2.0}
     outside = torch.cat([dense[60:].flatten(), dense[:60, 90:].flatten()])
     assert set(outside.unique().tolist()) <= {0.0, 1.0}

@@ -1,0 +1,215 @@
+"""The factorized path of the SLTrain linear: the factors and S are applied one after the other.
+
+    h = x A^T,  y = s * h B^T + x S^T + bias,   s = scale, or tanh(scaling) where scaling is trained
+    dh = s * dy B,  dx = dh A + dy S,  dA = dh^T x,  dB = s * dy^T h,  dvalues = (dy^T x) at the support
+
+No matrix of the size of W exists. Only the inputs are saved for backward, which computes h again: r
+numbers per token and linear, in a model with seven linears a block, would cost more memory than the
+product costs time.
+
+Shapes: n tokens (all leading dimensions of x), r rank, out and in the features, d density of S.
+    FLOPs forward  2 n r (out + in) + 2 n d out in
+          both     6 n r (out + in) + 2 n r in + 6 n d out in
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sltrain_dist.ops import block_triton, kernels
+from sltrain_dist.ops.composed import (
+    effective_scale,
+    empty_gradients,
+    gradients,
+    save_inputs,
+)
+from sltrain_dist.ops.precision import compute_dtype, widened
+from sltrain_dist.ops.sparse import sparse_backward, sparse_forward
+from sltrain_dist.ops.tiles import Tiles, matrix_shape
+
+
+@torch.library.custom_op("sltrain_dist::factorized_linear", mutates_args=())
+def factorized_linear(
+    x: Tensor,
+    b: Tensor | None,
+    a: Tensor | None,
+    values: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    tile_out: int,
+    tile_in: int,
+    block: int,
+) -> Tensor:
+    """y = s * (x A^T) B^T + x S^T + bias. Arguments and result as ``composed_linear``."""
+    return factorized_reference(
+        x, b, a, values, offsets, bias, scaling, scale, tile_out, tile_in, block
+    )
+
+
+def factorized_reference(
+    x: Tensor,
+    b: Tensor | None,
+    a: Tensor | None,
+    values: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    tile_out: int,
+    tile_in: int,
+    block: int,
+) -> Tensor:
+    """``factorized_linear`` from matrix products and ``sparse_forward``; runs on every device."""
+    out_features, in_features = matrix_shape(values, Tiles(tile_out, tile_in, block))
+    dtype = compute_dtype(x)
+    wide_x, b, a, values, bias = widened(dtype, x, b, a, values, bias)
+    x2 = wide_x.reshape(-1, in_features)
+    y = x2.new_empty(x2.shape[0], out_features)
+    if b is None or a is None:
+        y.zero_()
+    else:
+        h = x2 @ a.t()
+        if scaling is not None:
+            h.mul_(effective_scale(scaling, scale, dtype))
+        torch.addmm(y, h, b.t(), beta=0, alpha=scale if scaling is None else 1.0, out=y)
+    if bias is not None:
+        y.add_(bias)
+    sparse_forward(x2, y, values, offsets, tile_out, tile_in, block)
+    narrow: Tensor = y.to(x.dtype)
+    return narrow.view(*x.shape[:-1], out_features)
+
+
+@factorized_linear.register_fake
+def _(
+    x: Tensor,
+    b: Tensor | None,
+    a: Tensor | None,
+    values: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    tile_out: int,
+    tile_in: int,
+    block: int,
+) -> Tensor:
+    out_features, _ = matrix_shape(values, Tiles(tile_out, tile_in, block))
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op("sltrain_dist::factorized_linear_backward", mutates_args=())
+def factorized_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    b: Tensor | None,
+    a: Tensor | None,
+    values: Tensor,
+    offsets: Tensor,
+    scaling: Tensor | None,
+    scale: float,
+    tile_out: int,
+    tile_in: int,
+    block: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients [dx, dB, dA, dvalues, dscaling] of ``factorized_linear``; empty where not needed."""
+    return factorized_backward_reference(
+        dy, x, b, a, values, offsets, scaling, scale, tile_out, tile_in, block, needs
+    )
+
+
+def factorized_backward_reference(
+    dy: Tensor,
+    x: Tensor,
+    b: Tensor | None,
+    a: Tensor | None,
+    values: Tensor,
+    offsets: Tensor,
+    scaling: Tensor | None,
+    scale: float,
+    tile_out: int,
+    tile_in: int,
+    block: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """``factorized_linear_backward`` from matrix products and ``sparse_backward``; on every device."""
+    out_features, in_features = matrix_shape(values, Tiles(tile_out, tile_in, block))
+    narrow, shape = x.dtype, x.shape
+    dy, x, b, a, values = widened(compute_dtype(x), dy, x, b, a, values)
+    need_x, need_b, need_a, need_values, need_scaling = needs
+    dy2, x2 = dy.reshape(-1, out_features), x.reshape(-1, in_features)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dx = x2.new_zeros(x2.shape) if need_x and (b is None or a is None) else None
+    db, da, ds = (x.new_empty(0) for _ in range(3))
+    if b is not None and a is not None:
+        s = effective_scale(scaling, scale, x.dtype)
+        if need_b or need_scaling:
+            db = dy2.t() @ (x2 @ a.t())
+            if need_scaling:
+                assert scaling is not None
+                slope = 1 - torch.tanh(scaling.to(wide)) ** 2
+                ds = ((db.to(wide) * b.to(wide)).sum() * slope).to(scaling.dtype)
+            db = db.mul_(s) if need_b else x.new_empty(0)
+        if need_x or need_a:
+            dh = (dy2 @ b).mul_(s)
+            if need_x:
+                dx = dh @ a
+            if need_a:
+                da = dh.t() @ x2
+            del dh
+    dvalues = sparse_backward(dy2, x2, dx, values, offsets, tile_out, tile_in, block, need_values)
+    dx = x.new_empty(0) if dx is None else dx.view(shape)
+    return [*(grad.to(narrow) for grad in (dx, db, da, dvalues)), ds]
+
+
+@factorized_linear_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    b: Tensor | None,
+    a: Tensor | None,
+    values: Tensor,
+    offsets: Tensor,
+    scaling: Tensor | None,
+    scale: float,
+    tile_out: int,
+    tile_in: int,
+    block: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    return empty_gradients((x, b, a, values, scaling), needs)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return gradients(ctx, dy, torch.ops.sltrain_dist.factorized_linear_backward)
+
+
+factorized_linear.register_autograd(_backward, setup_context=save_inputs)
+if not kernels.reference_only():
+    block_triton.register(
+        factorized_linear,
+        factorized_linear_backward,
+        factorized_reference,
+        factorized_backward_reference,
+    )
+
+
+@register_flop_formula(torch.ops.sltrain_dist.factorized_linear)
+def _forward_flops(
+    x: Any, b: Any, a: Any, values: Any, *rest: Any, out_shape: Any = None, **_: Any
+) -> int:
+    tokens = torch.Size(x[:-1]).numel()
+    rank = b[1] if b is not None else 0
+    return int(2 * tokens * (rank * (x[-1] + out_shape[-1]) + torch.Size(values).numel()))
+
+
+@register_flop_formula(torch.ops.sltrain_dist.factorized_linear_backward)
+def _backward_flops(dy: Any, x: Any, b: Any, a: Any, values: Any, *rest: Any, **_: Any) -> int:
+    tokens = torch.Size(x[:-1]).numel()
+    rank = b[1] if b is not None else 0
+    sparse = 2 * torch.Size(values).numel()
+    return int(2 * tokens * (rank * (3 * x[-1] + 2 * dy[-1]) + sparse))
