@@ -314,8 +314,9 @@ class TrainConfig:
     continue_from: str | None = None
     attention: Literal["auto", "sdpa", "flash_attn"] = "auto"
     norm: Literal["auto", "torch", "apex"] = "auto"
+    linear_path: Literal["auto", "composed", "factorized"] = "auto"  # of sltrain's linears
     activation_checkpointing: Literal["none", "block"] = "none"
-    compile: bool = False
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     use_hf_model: bool = False  # transformers' LlamaForCausalLM with its linears replaced
     loss_average: Literal["tokens", "micro_batches"] = (
         "tokens"  # micro_batches: the reference's mean of means

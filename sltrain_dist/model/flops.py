@@ -6,9 +6,11 @@ traffic. Per linear with out x in weights, rank r, density d, n tokens per pass 
     full                  forward 2 out in                          both  6 out in
     low_rank              forward 2 r (out + in)                    both  6 r (out + in)
     sltrain, composed     forward 2 out in + 2 r out in / n         both  6 out in + 8 r out in / n
-    sltrain, factorized   forward 2 r (out + in) + 2 d out in       both  6 r (out + in) + 6 d out in
+    sltrain, factorized   forward 2 r (out + in) + 2 d out in       both  6 r (out + in) + 6 d out in + 2 r in
+    sltrain, needed       forward 2 r (out + in) + 2 d out in       both  6 r (out + in) + 6 d out in
 
-(composed builds W = B A + S once per forward and again in backward, and forms dB and dA from dW).
+(composed builds W = B A + S once per forward and again in backward, and forms dB and dA from dW;
+factorized computes x A^T again in backward; needed is what no implementation can do without).
 Attention adds 4 T H Dh in forward and twice that in backward for T tokens per sample; kernels that
 recompute the scores in backward do 2 T H Dh more, which is not counted. The head adds 6 D V.
 """
@@ -18,7 +20,7 @@ from typing import Literal
 
 from sltrain_dist.config import MethodConfig, ModelConfig
 
-Path = Literal["composed", "factorized"]
+Path = Literal["composed", "factorized", "needed"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,10 @@ def linear_flops(
         return Flops(dense, 2 * dense)
     if method.method == "low_rank":
         return Flops(factors, 2 * factors)
-    if path == "factorized":
+    if path != "composed":
         sampled = factors + method.density * dense
-        return Flops(sampled, 2 * sampled)
+        again = 2.0 * method.rank * in_features if path == "factorized" else 0.0
+        return Flops(sampled, 2 * sampled + again)
     compose = method.rank * dense / tokens
     return Flops(dense + compose, 2 * dense + 3 * compose)
 
@@ -87,12 +90,12 @@ def flops_per_token(
 def model_flops_per_token(config: ModelConfig, method: MethodConfig, sequence_length: int) -> Flops:
     """What the method needs per token whatever computes it: the numerator of MFU.
 
-    Logical widths, nothing recomputed, only the causal half of attention, and for sltrain the
-    factorized form (a composed implementation does more, and its MFU is lower for it). The dense
+    Logical widths, nothing recomputed, only the causal half of attention, and for sltrain the two
+    products apart (composed linears do more, and their MFU is lower for it). The dense
     model's count is not used: it would credit sltrain with work that it does not need.
     """
     pairs = (sequence_length + 1) / 2
-    block = _block_flops(config, method, config.intermediate_size, pairs, "factorized", 1)
+    block = _block_flops(config, method, config.intermediate_size, pairs, "needed", 1)
     return block.times(config.num_hidden_layers) + _head_flops(config)
 
 

@@ -24,12 +24,14 @@ class Row:
     kind: exact class of the live optimizer. arguments: its keyword arguments from the flags.
     states: names of its state tensors for a parameter with so many dimensions.
     whole_matrices: it looks at rows and columns, so it cannot work on shards.
+    counts_groups: its step counter stands in the parameter groups, not in the states.
     """
 
     kind: type[Optimizer]
     arguments: Callable[[OptimizerConfig], dict[str, Any]]
     states: Callable[[OptimizerConfig, int], tuple[str, ...]]
     whole_matrices: bool = False
+    counts_groups: bool = False
 
 
 def _adam(config: OptimizerConfig) -> dict[str, Any]:
@@ -75,6 +77,8 @@ OPTIMIZERS: dict[str, Row] = {
     "sgd": Row(torch.optim.SGD, _sgd, _sgd_states),
     "adafactor": Row(Adafactor, _adafactor, _adafactor_states, whole_matrices=True),
 }
+# NVIDIA apex's one-launch-for-all-tensors Adam, where it is installed; imported when it is asked for.
+_APEX = {"apex_adamw": True, "apex_adam": False}  # name -> decoupled weight decay
 # Named by the reference's usage, planned, and not here yet.
 _LATER = ("adam8bit", "adam8bit_per_layer", "adamw8bit")
 
@@ -87,9 +91,31 @@ def optimizer_row(name: str) -> Row:
     """
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
+    if name in _APEX:
+        return _apex_row(name)
     if name in _LATER:
         raise UserError(f"--optimizer {name}: not in this version; use --optimizer adamw")
     raise UserError(f"--optimizer {name}: unknown; optimizers are {', '.join(OPTIMIZERS)}")
+
+
+def _apex_row(name: str) -> Row:
+    plain = name.removeprefix("apex_")
+    if not torch.cuda.is_available():
+        raise UserError(f"--optimizer {name}: needs a CUDA GPU; use --optimizer {plain}")
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise UserError(
+            f"--optimizer {name}: apex does not import ({error}); build "
+            f"https://github.com/NVIDIA/apex with its CUDA extensions, or use --optimizer {plain}"
+        ) from None
+
+    def arguments(config: OptimizerConfig) -> dict[str, Any]:
+        ours = _adam(config) | {"adam_w_mode": _APEX[name]}
+        del ours["fused"]
+        return ours
+
+    return Row(FusedAdam, arguments, _adam_states, counts_groups=True)
 
 
 class OptimizerFactory:
@@ -139,9 +165,12 @@ class OptimizerFactory:
                         dtype=parameter.dtype,
                         device=parameter.device,
                     )
-            if self.row.kind is not torch.optim.SGD:
+            if self.row.kind is not torch.optim.SGD and not self.row.counts_groups:
                 # Fused kernels read the counter on the parameter's device.
                 state["step"] = torch.tensor(float(step), device=parameter.device)
+        if self.row.counts_groups:
+            for group in optimizer.param_groups:
+                group["step"] = step
 
     def tensors(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The state tensors of ``parameter`` by name, without step counters."""

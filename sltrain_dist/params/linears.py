@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sltrain_dist.config import MethodConfig
-from sltrain_dist.ops.composed import effective_scale, sltrain_linear
+from sltrain_dist.ops.composed import effective_scale
+from sltrain_dist.ops.linear import Path, sltrain_linear
 from sltrain_dist.ops.precision import linear
 from sltrain_dist.params.initial import (
     ParameterSpec,
@@ -128,10 +129,15 @@ class SLTrain(LowRank):
 
     Start: B zero, A kaiming-uniform(a=sqrt 5), values uniform(+-1/sqrt(in)).
     Dropout, where asked, acts on the low-rank input alone; then the two products are apart.
+
+    path: how the operator computes (ops.linear); path_key: what it was chosen for (params.paths),
+    "" where nobody chose. Both are set before the engine exists and stay.
     """
 
     values: nn.Parameter
     offsets: nn.Parameter
+    path: Path = "composed"
+    path_key: str = ""
 
     def __init__(self, shape: LinearShape, method: MethodConfig) -> None:
         ParameterizedLinear.__init__(self, shape)
@@ -171,10 +177,10 @@ class SLTrain(LowRank):
     def forward(self, x: Tensor) -> Tensor:
         support = (self.values, self.offsets, self.bias)
         if self.method.dropout > 0 and self.training:
-            sparse = sltrain_linear(x, None, *support, None, 0.0, self.support.tiles)
+            sparse = sltrain_linear(x, None, *support, None, 0.0, self.support.tiles, self.path)
             return sparse + self.low_rank(x)
         scale, tiles = self.method.scale, self.support.tiles
-        return sltrain_linear(x, (self.b, self.a), *support, self.scaling, scale, tiles)
+        return sltrain_linear(x, (self.b, self.a), *support, self.scaling, scale, tiles, self.path)
 
 
 def logical_values(support: Support, seed: int, name: str) -> int:

@@ -1,6 +1,7 @@
 """Everything before the first update, in one order:
 
-mesh -> run folder -> checkpoint to continue from -> data -> model on meta -> engine -> load -> records
+mesh -> run folder -> checkpoint to continue from -> data -> model on meta -> paths of its linears
+     -> engine -> load -> records
 
 Work that one rank does for all (folders, tokenising) goes through ``on_first``, so that an error of
 the first rank ends every rank with the same single line.
@@ -26,6 +27,7 @@ from sltrain_dist.parallel.engine import Engine, build_engine
 from sltrain_dist.parallel.mesh import Mesh, gather_objects, gather_patiently
 from sltrain_dist.params import count_parameters
 from sltrain_dist.train.checkpoint import Found, find, load
+from sltrain_dist.train.linear_paths import LinearPaths, decide
 from sltrain_dist.train.run_folder import Records, choose_folder, claim_folder, lock_folder
 from sltrain_dist.train.summary import estimate_memory, peak_memory, print_summary, say
 from sltrain_dist.train.tracker import NoTracker, Tracker, check_tracker, open_tracker
@@ -47,6 +49,7 @@ class Run:
     tracker: Tracker
     parameters: dict[str, int]  # params.count_parameters
     estimate: dict[str, int]  # bytes by purpose, before training
+    linear_paths: LinearPaths  # how the model's linears are computed, and who chose it
     baseline: int  # bytes a rank used before the model existed: the interpreter and its libraries
     step: int = 0
     tokens_seen: int = 0
@@ -87,19 +90,22 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     dtype, model = getattr(torch, config.engine.dtype), config.model
     attention = resolve_attention(config.attention, mesh.device, dtype, model.head_dim)
     norm = resolve_norm(config.norm, mesh.device, dtype, model.hidden_size)
-    factory = partial(make_model, config, attention, norm)
-    parameters = count_parameters(factory(device="meta", dtype=torch.float32))
-    _seed(config.engine.seed, mesh.dp_rank)
+    blank = make_model(config, attention, norm, device="meta", dtype=torch.float32)
+    parameters = count_parameters(blank)
     baseline = peak_memory(mesh)
+    paths = on_first(mesh, lambda: decide(config, blank, mesh.device, found.folder))
+    factory = partial(make_model, config, attention, norm, paths)
+    _seed(config.engine.seed, mesh.dp_rank)
     optimizer = OptimizerFactory(config.optimizer)
     engine = build_engine(factory, mesh, config.engine, optimizer, config.method.seed)
     assert_live(engine.optimizer, config.optimizer)
     records = Records(folder, mesh.is_first)
     tracker = open_tracker(config, folder) if mesh.is_first else NoTracker()
-    estimate = estimate_memory(config, parameters, mesh.dp_size)
+    estimate = estimate_memory(config, parameters, mesh.dp_size, paths)
     run = Run(
-        config, mesh, data, engine, records, tracker, parameters, estimate, baseline, lock=lock
-    )
+        config, mesh, data, engine, records, tracker, parameters, estimate, paths, baseline,
+        lock=lock,
+    )  # fmt: skip
     _resume(run, found)
     records.config(config)
     print_summary(run, attention, norm)
@@ -110,11 +116,12 @@ def make_model(
     config: TrainConfig,
     attention: str,
     norm: str,
+    paths: LinearPaths | None = None,
     *,
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """The model with uninitialised parameters, compiled block by block where asked."""
+    """The model with uninitialised parameters and chosen paths, compiled block by block where asked."""
     options: dict[str, Any] = {
         "checkpointing": config.activation_checkpointing,
         "device": device,
@@ -126,9 +133,11 @@ def make_model(
         model: Any = HFLlama(config.model, config.method, **options)
     else:
         model = Llama(config.model, config.method, attention=attention, norm=norm, **options)
-    if config.compile:
+    if paths is not None:
+        paths.apply(model)
+    if config.compile != "none":
         for block in model.blocks:
-            block.compile()
+            block.compile(mode=config.compile)
     return model  # type: ignore[no-any-return]
 
 

@@ -25,8 +25,11 @@ from typing import Any, TypeVar
 from torch.distributed.tensor import DTensor
 
 from sltrain_dist.config import TrainConfig
+from sltrain_dist.ops.linear import PATHS
+from sltrain_dist.ops.linear import Path as LinearPath
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.mesh import Mesh, gather_objects
+from sltrain_dist.params import paths
 from sltrain_dist.train.checkpoint_find import Found, find, verify
 from sltrain_dist.train.checkpoint_folder import (
     LATEST,
@@ -41,7 +44,7 @@ from sltrain_dist.train.checkpoint_folder import (
     write_json,
     write_manifest,
 )
-from sltrain_dist.train.checkpoint_identity import check_identity
+from sltrain_dist.train.checkpoint_identity import changes, check_identity
 from sltrain_dist.train.checkpoint_tensors import (
     SaveError,
     describe,
@@ -145,6 +148,7 @@ def stage(engine: Engine, progress: Progress, config: TrainConfig) -> Staged:
         "world_size": engine.mesh.world_size,
         "scalars": engine.scalars(),
         "support_hash": _hexadecimal(engine.support_hash()),
+        "linear_paths": paths.assigned(engine.module),
         "model": dataclasses.asdict(config.model),
         "method": dataclasses.asdict(config.method),
         "config": config.to_json(),
@@ -259,6 +263,13 @@ def save(engine: Engine, progress: Progress, config: TrainConfig) -> Saved:
     return Saved(final, tuple(warnings))
 
 
+def saved_linear_paths(folder: Path) -> dict[str, LinearPath]:
+    """The paths that the linears of a checkpoint had, by situation and key (params.paths); none in old ones."""
+    document = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    saved = document.get("linear_paths", {})
+    return {key: path for path in PATHS for key, value in saved.items() if value == path}
+
+
 def load(folder: Path, engine: Engine, config: TrainConfig) -> Resumed:
     """Bring ``engine`` to the state saved in ``folder`` (which ``find`` has verified); collective.
 
@@ -280,6 +291,7 @@ def load(folder: Path, engine: Engine, config: TrainConfig) -> Resumed:
     support_hash = _hexadecimal(engine.support_hash())
     state = engine.state()
     messages = check_identity(document, describe(state), support_hash, config, folder)
+    messages += changes(document, config, paths.assigned(engine.module))
     read_tensors(folder, state)
     engine.load_state(state, document["scalars"])
     exact = not messages

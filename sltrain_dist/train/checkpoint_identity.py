@@ -1,10 +1,12 @@
-"""Is this checkpoint one of this run's model, method, support and optimizer?
+"""Is this checkpoint one of this run's model, method, support, optimizer and data?
 
 Asked before anything is loaded. The answer is the first difference, in the words of the flag or the
-parameter a user would look for; only conversions between floating dtypes are let through, and said.
+parameter a user would look for. Conversions between floating dtypes are let through, and said; so
+are changes of what a user may change on the way, such as the learning rate.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,26 @@ _METHOD_FIELDS = {  # the fields of MethodConfig that change the model, by metho
     "low_rank": ("rank", "alpha", "train_scaling"),
     "sltrain": ("rank", "alpha", "train_scaling", "density", "support"),
 }
+_DATA_FLAGS = {  # the fields of DataConfig that the order of samples depends on
+    "sequence_length": "--max_length",
+    "pack": "--pack",
+    "seed": "--seed",
+}
+_CHANGES = (  # what may change on a resume, and is then said: (part of the config, field, flag)
+    ("optimizer", "lr", "--lr"),
+    ("optimizer", "scheduler", "--scheduler"),
+    ("optimizer", "cycle_length", "--cycle_length"),
+    ("optimizer", "min_lr_ratio", "--min_lr_ratio"),
+    ("optimizer", "warmup_steps", "--warmup_steps"),
+    ("optimizer", "total_steps", "--num_training_steps"),
+    ("optimizer", "weight_decay", "--weight_decay"),
+    ("optimizer", "momentum", "--beta1"),
+    ("optimizer", "betas", "--betas"),
+    ("optimizer", "eps", "--eps"),
+    ("optimizer", "grad_clipping", "--grad_clipping"),
+    ("method", "dropout", "--lora_dropout"),
+    ("engine", "dtype", "--dtype"),
+)
 _MODEL_FREE = ("name", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
 _CONVERTIBLE = {"float32", "bfloat16"}
 
@@ -105,6 +127,55 @@ def _check_optimizer(document: dict[str, Any], config: TrainConfig, folder: Path
         )
 
 
+def _check_data(document: dict[str, Any], config: TrainConfig, folder: Path) -> None:
+    """What the position in the data counts on. The text itself is compared where it is open (data.entry)."""
+    saved, here = document["config"], json.loads(json.dumps(config.to_json()))
+    pairs = [
+        ("--total_batch_size", saved.get("total_batch_size"), here["total_batch_size"]),
+        *(
+            (flag, saved["data"].get(name), here["data"][name])
+            for name, flag in _DATA_FLAGS.items()
+        ),
+    ]
+    if here["data"]["tokenizer"] in (None, "trained") and not config.data.corpus.startswith("c4"):
+        size = "vocab_size"  # of a tokenizer trained on the corpus; others do not depend on it
+        pairs.append(("--tokenizer_vocab", saved["data"].get(size), here["data"][size]))
+    for flag, old, new in pairs:
+        if old != new:
+            raise _refuse(
+                folder,
+                f"trained with {flag} {old}, this run has {flag} {new}",
+                f"give {flag} {old}, or another --save_dir for a new run",
+            )
+
+
+def changes(
+    document: dict[str, Any], config: TrainConfig, linear_paths: Mapping[str, str]
+) -> list[str]:
+    """What goes on otherwise than in the checkpoint, though it may: at most two lines to print.
+
+    Args:
+        document: the checkpoint's ``state.json``.
+        linear_paths: this run's, as ``params.paths.assigned`` gives them.
+    """
+    saved, here = document["config"], json.loads(json.dumps(config.to_json()))
+    found = [
+        f"{flag} {saved[part][name]} -> {here[part][name]}"
+        for part, name, flag in _CHANGES
+        if name in saved.get(part, {}) and saved[part][name] != here[part][name]
+    ]
+    lines = [f"changed since the checkpoint: {', '.join(found)}"] if found else []
+    before = document.get("linear_paths", {})
+    other = [key for key, path in linear_paths.items() if before.get(key, path) != path]
+    if other:
+        old, new = before[other[0]], linear_paths[other[0]]
+        lines.append(
+            f"--linear_path {new}: {len(other)} of {len(linear_paths)} shapes of linears were {old} in the "
+            "checkpoint; the same mathematics, not bit-exact"
+        )
+    return lines
+
+
 def check_configuration(document: dict[str, Any], config: TrainConfig, folder: Path) -> None:
     """Compare the "model" and "method" of a run's ``config.json`` with this run's.
 
@@ -133,7 +204,7 @@ def check_identity(
         At most one line, saying how many tensors change between float32 and bfloat16.
 
     Raises:
-        UserError: the first difference in method, model, support or optimizer.
+        UserError: the first difference in method, model, support, optimizer or order of the data.
     """
     _check_method(document, config, folder)
     conversions = _check_tensors(document["tensors"], tensors, "model.", folder)
@@ -146,6 +217,7 @@ def check_identity(
         )
     _check_optimizer(document, config, folder)
     conversions += _check_tensors(document["tensors"], tensors, "optimizer.", folder)
+    _check_data(document, config, folder)
     if not conversions:
         return []
     name, old, new = conversions[0]

@@ -57,7 +57,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("use_hf_model", "train transformers' LlamaForCausalLM with its linears replaced", False, None),
         Flag("attention", "attention back end", "auto", choices=("auto", "sdpa", "flash_attn")),
         Flag("norm", "RMSNorm back end", "auto", choices=("auto", "torch", "apex")),
-        Flag("compile", "torch.compile every block", False, None),
+        Flag("linear_path", "how linears of --method sltrain are computed: W built, or never; auto: whichever is faster here",
+             "auto", choices=("auto", "composed", "factorized")),
+        Flag("compile", "torch.compile every block; reduce-overhead replays CUDA graphs, which hides launches up to 350m", "none", choices=("none", "default", "reduce-overhead", "max-autotune"), const="default"),
     ),
     "data": (
         Flag("corpus", "stdlib, c4 (c4:FOLDER for a mirror), or a txt|jsonl|json.gz|parquet file or a folder of them", "stdlib"),
@@ -69,7 +71,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("cache_dir", "where tokenizers and token indices are kept", "~/.cache/sltrain_dist"),
     ),
     "optimization": (
-        Flag("optimizer", "adamw, adam, sgd or adafactor", "adamw"),
+        Flag("optimizer", "adamw, adam, sgd, adafactor; apex_adamw, apex_adam where apex is installed", "adamw"),
         Flag("lr", "peak learning rate", 3e-3, float),
         Flag("scheduler", "shape of the learning rate", "cosine", choices=("linear", "cosine", "cosine_restarts")),
         Flag("cycle_length", "updates per cycle of cosine_restarts", kind=int),

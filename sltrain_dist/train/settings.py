@@ -278,6 +278,14 @@ def _check_hf_model(settings: dict[str, Any]) -> None:
         settings[name] = only
 
 
+def _check_linear_path(settings: dict[str, Any]) -> None:
+    if settings["linear_path"] != "auto" and settings["method"] != "sltrain":
+        raise UserError(
+            f"--linear_path {settings['linear_path']}: --method {settings['method']} has no choice of path; "
+            "leave it out, or train with --method sltrain"
+        )
+
+
 def _build(
     settings: dict[str, Any],
     model: ModelConfig,
@@ -328,6 +336,7 @@ def _build(
     check_schedule(optimizer)
     if ds_config is not None:
         resolve_ds_config(ds_config, engine, optimizer, world_size)
+    _check_linear_path(settings)
     if settings["use_hf_model"]:
         _check_hf_model(settings)
     return TrainConfig(
@@ -345,6 +354,7 @@ def _build(
         continue_from=settings["continue_from"],
         attention=settings["attention"],
         norm=settings["norm"],
+        linear_path=settings["linear_path"],
         activation_checkpointing=settings["activation_checkpointing"],
         compile=settings["compile"],
         use_hf_model=settings["use_hf_model"],

@@ -6,7 +6,8 @@ The estimate adds up, per rank, with P trained elements, n ranks, w bytes a weig
     optimizer   4 P for each state, over n from ZeRO-1 on
     indices     1 or 4 bytes per entry of S, over n under ZeRO-3 and FSDP2
     activations per token and layer what autograd keeps, 7 D + 3 F + D KV/H elements (D alone under
-                checkpointing, and one layer whole), and W of the largest linear, twice
+                checkpointing, and one layer whole), and, where a linear is composed, W of the
+                largest one, twice
     loss        fp32 logits of one chunk and the gradients of head and hidden states
 """
 
@@ -20,6 +21,7 @@ from sltrain_dist.config import TrainConfig
 from sltrain_dist.model.flops import model_flops_per_token
 from sltrain_dist.optim.table import describe
 from sltrain_dist.parallel.mesh import Mesh, max_over_ranks
+from sltrain_dist.train.linear_paths import LinearPaths
 
 if TYPE_CHECKING:
     from sltrain_dist.train.build import Run
@@ -36,7 +38,9 @@ def say(mesh: Mesh, text: str) -> None:
         print(text, flush=True)
 
 
-def estimate_memory(config: TrainConfig, parameters: dict[str, int], ranks: int) -> dict[str, int]:
+def estimate_memory(
+    config: TrainConfig, parameters: dict[str, int], ranks: int, paths: LinearPaths
+) -> dict[str, int]:
     """Bytes per rank by purpose (see the top of this file), and their "total"."""
     engine, model = config.engine, config.model
     stage = 3 if engine.engine == "fsdp" else engine.stage
@@ -56,7 +60,8 @@ def estimate_memory(config: TrainConfig, parameters: dict[str, int], ranks: int)
         activations = tokens * (hidden * width * layers + layer)
     else:
         activations = tokens * layer * layers
-    activations += 2 * hidden * ff * width
+    if "composed" in paths.chosen.values():
+        activations += 2 * hidden * ff * width
     chunk = min(tokens, _LOSS_CHUNK)
     loss = 2 * 4 * chunk * model.padded_vocab_size + 4 * model.padded_vocab_size * hidden
 
@@ -130,6 +135,7 @@ def print_summary(run: "Run", attention: str, norm: str) -> None:
         "data": run.data.description,
         "optimizer": _optimizer(run),
         "engine": f"{run.engine.name} on {run.mesh.world_size} x {run.mesh.device.type}, {_formats(config)}",
+        "linear paths": run.linear_paths.describe(run.engine.module),
         "back ends": f"attention {attention}, norm {norm}, tracker {run.tracker.description}",
         "batch": f"{config.total_batch_size} sequences x {config.data.sequence_length} tokens = "
         f"{engine.batch_size} x {run.mesh.dp_size} ranks x {engine.gradient_accumulation} micro-batches",
@@ -137,7 +143,8 @@ def print_summary(run: "Run", attention: str, norm: str) -> None:
         "memory": f"about {human_bytes(run.estimate['total'])} a rank: {parts}",
     }
     for name, text in rows.items():
-        say(run.mesh, f"{name:<11} {text}")
+        if text:
+            say(run.mesh, f"{name:<12} {text}")
 
 
 def _method(run: "Run") -> str:

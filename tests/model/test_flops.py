@@ -11,7 +11,8 @@ from sltrain_dist.config import MethodConfig, ModelConfig
 from sltrain_dist.model.flops import Flops, flops_per_token, linear_flops, model_flops_per_token
 from sltrain_dist.model.llama import Llama
 from sltrain_dist.ops import cross_entropy
-from tests.model.small import FULL, METHODS, SMALL, batch, filled, small
+from sltrain_dist.params.paths import linears
+from tests.model.small import FULL, METHODS, SLTRAIN, SMALL, batch, filled, small
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.method)
@@ -70,8 +71,25 @@ def test_composing_costs_what_facts_says() -> None:
 
 def test_factorized_counts_both_products() -> None:
     method = MethodConfig(rank=8, density=0.25)
-    flops = linear_flops(32, 16, method, "factorized", 1)
-    assert flops == Flops(2 * 8 * 48 + 0.25 * 2 * 32 * 16, 2 * (2 * 8 * 48 + 0.25 * 2 * 32 * 16))
+    forward = 2 * 8 * 48 + 0.25 * 2 * 32 * 16
+    assert linear_flops(32, 16, method, "needed", 1) == Flops(forward, 2 * forward)
+    again = 2 * 8 * 16
+    assert linear_flops(32, 16, method, "factorized", 1) == Flops(forward, 2 * forward + again)
+
+
+def test_factorized_equals_what_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_torch_operator_fits", lambda *_: False)
+    method = dataclasses.replace(SLTRAIN, density=1 / 16)  # which every window reaches exactly
+    model = filled(SMALL, method)
+    assert {linear.support.density for linear in linears(model)} == {1 / 16}
+    for linear in linears(model):
+        linear.path = "factorized"
+    tokens, labels = batch(SMALL)
+    predicted = flops_per_token(
+        SMALL, method, tokens.shape[1], tokens=tokens.numel(), path="factorized"
+    )
+    measured = counted(model, tokens, labels)
+    assert measured == pytest.approx(predicted.total * tokens.numel(), rel=1e-9)
 
 
 def test_model_flops_do_not_depend_on_how_they_are_computed() -> None:

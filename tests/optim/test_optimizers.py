@@ -1,5 +1,8 @@
 """The table of optimizers: right classes, clear refusals, state that exists before the first update."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -106,3 +109,34 @@ def test_the_live_optimizer_is_described_and_checked() -> None:
         assert_live(optimizer, OptimizerConfig(name="adam", weight_decay=0.25))
     with pytest.raises(RuntimeError, match="weight_decay"):
         assert_live(optimizer, OptimizerConfig(name="adamw"))
+
+
+def test_apex_without_a_gpu_is_refused_by_name() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=r"--optimizer apex_adamw: needs a CUDA GPU; .*adamw"):
+        OptimizerFactory(OptimizerConfig(name="apex_adamw"))
+
+
+def test_apex_resumes_with_its_step_counter_in_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with apex's signature and place of the counter: apex itself needs a GPU."""
+
+    class FusedAdam(torch.optim.AdamW):
+        def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):  # type: ignore[no-untyped-def]
+            super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+            assert adam_w_mode
+
+    module = types.ModuleType("apex.optimizers")
+    module.FusedAdam = FusedAdam  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    factory = OptimizerFactory(OptimizerConfig(name="apex_adamw"))
+    parameters = _parameters()
+    optimizer = factory.build(parameters)
+    assert type(optimizer) is FusedAdam
+    factory.begin(optimizer, parameters, 7)
+    assert [group["step"] for group in optimizer.param_groups] == [7]
+    assert set(factory.tensors(optimizer, parameters[0])) == {"exp_avg", "exp_avg_sq"}
+    assert "step" not in optimizer.state[parameters[0]]
+    assert_live(optimizer, factory.config)

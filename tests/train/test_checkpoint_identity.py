@@ -97,6 +97,46 @@ def test_optimizer_with_the_same_tensors(mesh: Mesh, tmp_path: Path) -> None:
     assert not engine.loaded
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"total_batch_size": 32}, "--total_batch_size 16, this run has --total_batch_size 32"),
+        ({"sequence_length": 512}, "--max_length 256, this run has --max_length 512"),
+        ({"pack": "padded"}, "--pack packed, this run has --pack padded; give --pack packed"),
+        ({"seed": 7}, "--seed 42, this run has --seed 7"),
+        ({"vocab_size": 100}, "--tokenizer_vocab 8192, this run has --tokenizer_vocab 100"),
+        ({"vocab_size": 100, "tokenizer": "t5-base"}, None),
+        ({"cache_dir": "elsewhere", "workers": 3, "eval_tokens": 5}, None),
+    ],
+)
+def test_other_order_of_samples(
+    mesh: Mesh, tmp_path: Path, changes: dict[str, object], complaint: str | None
+) -> None:
+    """Each by its own flag; which text it is, data.entry compares."""
+    write(mesh, tmp_path, 1)
+    engine, config = FakeEngine(mesh, 0), make_config(str(tmp_path))
+    in_run = {name: value for name, value in changes.items() if hasattr(config, name)}
+    in_data = {name: value for name, value in changes.items() if name not in in_run}
+    other = replace(config, data=replace(config.data, **in_data), **in_run)
+    if complaint is None:
+        load(tmp_path / "step_1", engine, other)
+        assert engine.holds(1)
+    else:
+        with pytest.raises(UserError, match=complaint) as error:
+            load(tmp_path / "step_1", engine, other)
+        assert "\n" not in str(error.value)
+        assert not engine.loaded
+
+
+def test_what_may_change_is_said(mesh: Mesh, tmp_path: Path) -> None:
+    write(mesh, tmp_path, 1)
+    config = make_config(str(tmp_path))
+    other = replace(config, optimizer=replace(config.optimizer, lr=0.5))
+    resumed = load(tmp_path / "step_1", FakeEngine(mesh, 0), other)
+    assert resumed.messages == ("changed since the checkpoint: --lr 0.003 -> 0.5",)
+    assert not resumed.exact
+
+
 def test_weights_change_precision_with_a_message(mesh: Mesh, tmp_path: Path) -> None:
     """fp32 master weights into a pure-bf16 run: rounded as ``.to`` rounds, said, and not called exact."""
     write(mesh, tmp_path, 1)

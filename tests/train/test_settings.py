@@ -295,3 +295,13 @@ def test_help_names_every_flag_with_its_default():
             assert f"--{name}" in text
             assert flag.help
     assert "[0.0]" in text
+
+
+def test_linear_path():
+    assert config().linear_path == "auto"
+    assert config("--linear_path factorized").linear_path == "factorized"
+    for method in ("full", "low_rank"):
+        assert config(f"--method {method} --linear_path auto").linear_path == "auto"
+        with pytest.raises(UserError, match=f"--linear_path composed: --method {method}") as error:
+            config(f"--method {method} --linear_path composed")
+        assert "\n" not in str(error.value)
