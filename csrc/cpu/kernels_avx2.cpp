@@ -13,8 +13,8 @@
 #define VECTOR_BYTES 32
 #include "kernels.inl"
 
-const sltrain::KernelTable sltrain::avx2_kernels = {
-    "avx2", table<float>(), table<double>(), table<BFloat16>()};
+const sltrain::KernelTable sltrain::avx2_kernels = {"avx2", table<float>(), table<double>(),
+                                                    table<BFloat16>()};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

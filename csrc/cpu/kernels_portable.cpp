@@ -7,5 +7,5 @@
 #define VECTOR_BYTES 16
 #include "kernels.inl"
 
-const sltrain::KernelTable sltrain::portable_kernels = {
-    "portable", table<float>(), table<double>(), table<BFloat16>()};
+const sltrain::KernelTable sltrain::portable_kernels = {"portable", table<float>(), table<double>(),
+                                                        table<BFloat16>()};

@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace sltrain {
@@ -24,13 +25,14 @@ void sparse_forward(const Tensor& x, const Tensor& y, const Tensor& values, cons
 Tensor sparse_backward(const Tensor& dy, const Tensor& x, const Optional& dx, const Tensor& values,
                        const Tensor& offsets, int64_t tile_out, int64_t tile_in, int64_t block,
                        bool need_values);
-Tensor factorized_linear(const Tensor& x, const Optional& b, const Optional& a,
-                         const Tensor& values, const Tensor& offsets, const Optional& bias,
-                         const Optional& scaling, double scale, int64_t tile_out, int64_t tile_in,
-                         int64_t block);
-std::vector<Tensor> factorized_linear_backward(const Tensor& dy, const Tensor& x,
-                                               const Optional& b, const Optional& a,
-                                               const Tensor& values, const Tensor& offsets,
+std::tuple<Tensor, Tensor> factorized_linear(const Tensor& x, const Optional& b, const Optional& a,
+                                             const Tensor& values, const Tensor& offsets,
+                                             const Optional& bias, const Optional& scaling,
+                                             double scale, int64_t tile_out, int64_t tile_in,
+                                             int64_t block, bool keep_hidden);
+std::vector<Tensor> factorized_linear_backward(const Tensor& dy, const Tensor& x, const Optional& b,
+                                               const Optional& a, const Tensor& values,
+                                               const Tensor& offsets, const Optional& hidden,
                                                const Optional& scaling, double scale,
                                                int64_t tile_out, int64_t tile_in, int64_t block,
                                                const c10::List<bool>& needs);

@@ -214,16 +214,18 @@ def forward(
     tile_out: int,
     tile_in: int,
     block: int,
+    keep_hidden: bool = False,
     fused: bool | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """``factorized_linear`` for supports with blocks of 16, 32 or 64; float32 or bfloat16."""
     tiles = Tiles(tile_out, tile_in, block)
     out_features, in_features = matrix_shape(values, tiles)
     x2 = _tokens(x, in_features)
     low_rank = b is not None and a is not None
+    hidden = x2 @ a.t() if low_rank and a is not None else None
     y = extended_product(
         x2,
-        x2 @ a.t() if low_rank and a is not None else None,
+        hidden,
         b.t() if low_rank and b is not None else None,
         values.contiguous(),
         block_list(offsets, tiles, True, out_features // block),
@@ -234,7 +236,8 @@ def forward(
         transposed=True,
         fused=fused,
     )
-    return y.view(*x.shape[:-1], out_features)
+    kept = hidden if keep_hidden and hidden is not None else x.new_empty(0)
+    return y.view(*x.shape[:-1], out_features), kept
 
 
 def backward(
@@ -244,6 +247,7 @@ def backward(
     a: Tensor | None,
     values: Tensor,
     offsets: Tensor,
+    hidden: Tensor | None,
     scaling: Tensor | None,
     scale: float,
     tile_out: int,
@@ -262,7 +266,8 @@ def backward(
     g = None
     if b is not None and a is not None:
         if need_b or need_scaling:
-            db, ds = _factor_gradients(dy2, x2 @ a.t(), b, scaling, scale, need_b, need_scaling)
+            h = x2 @ a.t() if hidden is None else hidden
+            db, ds = _factor_gradients(dy2, h, b, scaling, scale, need_b, need_scaling)
         g = dy2 @ b if need_x or need_a else None
         if need_a and g is not None:
             da, _ = _factor_gradients(g, x2, a, scaling, scale, True, False)
@@ -301,7 +306,7 @@ def _factor_gradients(
 def register(
     forward_operator: Any,
     backward_operator: Any,
-    forward_reference: Callable[..., Tensor],
+    forward_reference: Callable[..., tuple[Tensor, Tensor]],
     backward_reference: Callable[..., list[Tensor]],
 ) -> bool:
     """Make these kernels the CUDA implementation of the two operators where Triton is installed.
@@ -311,8 +316,8 @@ def register(
     if importlib.util.find_spec("triton") is None:
         return False
 
-    def on_cuda(x: Tensor, *rest: Any) -> Tensor:
-        values, tiles = rest[2], Tiles(*rest[-3:])
+    def on_cuda(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        values, tiles = rest[2], Tiles(*rest[-4:-1])
         if supported(x, values, tiles):
             with torch.cuda.device_of(x):  # Triton launches on the current device
                 return forward(x, *rest)

@@ -203,21 +203,21 @@ def empty_gradients(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> lis
     ]
 
 
-def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Setup of the autograd context, for both paths."""
+def save_inputs(
+    ctx: Any, inputs: tuple[Any, ...], output: Any, kept: tuple[Tensor | None, ...] = ()
+) -> None:
+    """Save for backward nothing but the inputs (no scaled copy of A, no view of a parameter) and ``kept``."""
     x, b, a, values, offsets, bias, scaling, scale, tile_out, tile_in, block = inputs
-    # Nothing but the inputs: no scaled copy of A, no W, no view of a parameter.
-    ctx.save_for_backward(x, b, a, values, offsets, scaling)
+    ctx.save_for_backward(x, b, a, values, offsets, *kept, scaling)
     ctx.has_bias = bias is not None
     ctx.constants = (scale, tile_out, tile_in, block)
 
 
 def gradients(ctx: Any, dy: Tensor, operator: Any) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments of a linear operator whose backward is ``operator``."""
-    x, b, a, values, offsets, scaling = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[6]]
-    grads = operator(dy, x, b, a, values, offsets, scaling, *ctx.constants, needs)
+    grads = operator(dy, *ctx.saved_tensors, *ctx.constants, needs)
     dx, db, da, dvalues, ds = (
         grad if need else None for grad, need in zip(grads, needs, strict=True)
     )

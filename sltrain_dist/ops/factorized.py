@@ -3,13 +3,12 @@
     h = x A^T,  y = s * h B^T + x S^T + bias,   s = scale, or tanh(scaling) where scaling is trained
     dh = s * dy B,  dx = dh A + dy S,  dA = dh^T x,  dB = s * dy^T h,  dvalues = (dy^T x) at the support
 
-No matrix of the size of W exists. Only the inputs are saved for backward, which computes h again: r
-numbers per token and linear, in a model with seven linears a block, would cost more memory than the
-product costs time.
+No matrix of the size of W exists. For dB backward needs h: it computes h again, or the caller has it
+kept, [n, r] a linear, for a seventh less work in matrix products.
 
 Shapes: n tokens (all leading dimensions of x), r rank, out and in the features, d density of S.
     FLOPs forward  2 n r (out + in) + 2 n d out in
-          both     6 n r (out + in) + 2 n r in + 6 n d out in
+          both     6 n r (out + in) + 6 n d out in, and 2 n r in where h is computed again
 """
 
 from typing import Any
@@ -43,10 +42,17 @@ def factorized_linear(
     tile_out: int,
     tile_in: int,
     block: int,
-) -> Tensor:
-    """y = s * (x A^T) B^T + x S^T + bias. Arguments and result as ``composed_linear``."""
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """y = s * (x A^T) B^T + x S^T + bias. Arguments as ``composed_linear``, and
+
+    keep_hidden: return h = x A^T too, so that backward need not compute it again.
+
+    Returns:
+        y [..., out], and h [n, r] or an empty tensor; in the dtype of x.
+    """
     return factorized_reference(
-        x, b, a, values, offsets, bias, scaling, scale, tile_out, tile_in, block
+        x, b, a, values, offsets, bias, scaling, scale, tile_out, tile_in, block, keep_hidden
     )
 
 
@@ -62,25 +68,29 @@ def factorized_reference(
     tile_out: int,
     tile_in: int,
     block: int,
-) -> Tensor:
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
     """``factorized_linear`` from matrix products and ``sparse_forward``; runs on every device."""
     out_features, in_features = matrix_shape(values, Tiles(tile_out, tile_in, block))
     dtype = compute_dtype(x)
     wide_x, b, a, values, bias = widened(dtype, x, b, a, values, bias)
     x2 = wide_x.reshape(-1, in_features)
     y = x2.new_empty(x2.shape[0], out_features)
+    hidden = x.new_empty(0)
     if b is None or a is None:
         y.zero_()
     else:
         h = x2 @ a.t()
+        if keep_hidden:
+            hidden = h.to(x.dtype)
         if scaling is not None:
-            h.mul_(effective_scale(scaling, scale, dtype))
+            h = h * effective_scale(scaling, scale, dtype)
         torch.addmm(y, h, b.t(), beta=0, alpha=scale if scaling is None else 1.0, out=y)
     if bias is not None:
         y.add_(bias)
     sparse_forward(x2, y, values, offsets, tile_out, tile_in, block)
     narrow: Tensor = y.to(x.dtype)
-    return narrow.view(*x.shape[:-1], out_features)
+    return narrow.view(*x.shape[:-1], out_features), hidden
 
 
 @factorized_linear.register_fake
@@ -96,9 +106,13 @@ def _(
     tile_out: int,
     tile_in: int,
     block: int,
-) -> Tensor:
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
     out_features, _ = matrix_shape(values, Tiles(tile_out, tile_in, block))
-    return x.new_empty((*x.shape[:-1], out_features))
+    y = x.new_empty((*x.shape[:-1], out_features))
+    if a is None or not keep_hidden:
+        return y, x.new_empty(0)
+    return y, x.new_empty((y.numel() // out_features, a.shape[0]))
 
 
 @torch.library.custom_op("sltrain_dist::factorized_linear_backward", mutates_args=())
@@ -109,6 +123,7 @@ def factorized_linear_backward(
     a: Tensor | None,
     values: Tensor,
     offsets: Tensor,
+    hidden: Tensor | None,
     scaling: Tensor | None,
     scale: float,
     tile_out: int,
@@ -116,9 +131,12 @@ def factorized_linear_backward(
     block: int,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients [dx, dB, dA, dvalues, dscaling] of ``factorized_linear``; empty where not needed."""
+    """Gradients [dx, dB, dA, dvalues, dscaling] of ``factorized_linear``; empty where not needed.
+
+    hidden: h [n, r] as forward returned it, or None: then it is computed again.
+    """
     return factorized_backward_reference(
-        dy, x, b, a, values, offsets, scaling, scale, tile_out, tile_in, block, needs
+        dy, x, b, a, values, offsets, hidden, scaling, scale, tile_out, tile_in, block, needs
     )
 
 
@@ -129,6 +147,7 @@ def factorized_backward_reference(
     a: Tensor | None,
     values: Tensor,
     offsets: Tensor,
+    hidden: Tensor | None,
     scaling: Tensor | None,
     scale: float,
     tile_out: int,
@@ -148,7 +167,7 @@ def factorized_backward_reference(
     if b is not None and a is not None:
         s = effective_scale(scaling, scale, x.dtype)
         if need_b or need_scaling:
-            db = dy2.t() @ (x2 @ a.t())
+            db = dy2.t() @ (x2 @ a.t() if hidden is None else hidden.to(x.dtype))
             if need_scaling:
                 assert scaling is not None
                 slope = 1 - torch.tanh(scaling.to(wide)) ** 2
@@ -174,6 +193,7 @@ def _(
     a: Tensor | None,
     values: Tensor,
     offsets: Tensor,
+    hidden: Tensor | None,
     scaling: Tensor | None,
     scale: float,
     tile_out: int,
@@ -184,11 +204,20 @@ def _(
     return empty_gradients((x, b, a, values, scaling), needs)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return gradients(ctx, dy, torch.ops.sltrain_dist.factorized_linear_backward)
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden = output[1]
+    ctx.mark_non_differentiable(hidden)
+    ctx.set_materialize_grads(False)
+    save_inputs(ctx, inputs[:-1], output, (hidden if hidden.dim() == 2 else None,))
 
 
-factorized_linear.register_autograd(_backward, setup_context=save_inputs)
+def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:  # not materialized, for the sake of the one of h that nobody needs
+        return (None,) * 12
+    return *gradients(ctx, dy, torch.ops.sltrain_dist.factorized_linear_backward), None
+
+
+factorized_linear.register_autograd(_backward, setup_context=_save_inputs)
 if not kernels.reference_only():
     block_triton.register(
         factorized_linear,
@@ -204,12 +233,14 @@ def _forward_flops(
 ) -> int:
     tokens = torch.Size(x[:-1]).numel()
     rank = b[1] if b is not None else 0
-    return int(2 * tokens * (rank * (x[-1] + out_shape[-1]) + torch.Size(values).numel()))
+    return int(2 * tokens * (rank * (x[-1] + out_shape[0][-1]) + torch.Size(values).numel()))
 
 
 @register_flop_formula(torch.ops.sltrain_dist.factorized_linear_backward)
-def _backward_flops(dy: Any, x: Any, b: Any, a: Any, values: Any, *rest: Any, **_: Any) -> int:
+def _backward_flops(
+    dy: Any, x: Any, b: Any, a: Any, values: Any, offsets: Any, hidden: Any, *rest: Any, **_: Any
+) -> int:
     tokens = torch.Size(x[:-1]).numel()
     rank = b[1] if b is not None else 0
-    sparse = 2 * torch.Size(values).numel()
-    return int(2 * tokens * (rank * (3 * x[-1] + 2 * dy[-1]) + sparse))
+    products = (2 if hidden is not None else 3) * x[-1] + 2 * dy[-1]
+    return int(2 * tokens * (rank * products + 2 * torch.Size(values).numel()))

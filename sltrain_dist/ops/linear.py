@@ -6,7 +6,7 @@ cheap (CPUs; GPUs with block supports). Which one a layer takes is decided when 
 (params.paths), never in the middle of a step.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from sltrain_dist.ops.factorized import factorized_linear
 from sltrain_dist.ops.tiles import Tiles, matrix_shape
 
 Path = Literal["composed", "factorized"]
-PATHS: dict[Path, Any] = {"composed": composed_linear, "factorized": factorized_linear}
+PATHS: tuple[Path, ...] = ("composed", "factorized")
 
 
 def sltrain_linear(
@@ -29,11 +29,14 @@ def sltrain_linear(
     scale: float,
     tiles: Tiles,
     path: Path = "composed",
+    keep_hidden: bool | None = None,
 ) -> Tensor:
     """The operator of ``path`` with the factors (B, A) and the tiles as one argument each.
 
     Args:
         x: [..., in]; factors: B [out, r] and A [r, in], or None for y = x S^T + bias.
+        keep_hidden: of the factorized path: keep h = x A^T [n, r] for backward instead of computing it
+            again; None: on a CPU, where time is scarcer than memory.
         values, offsets: see ops.tiles. bias: [out]. scaling: [1], s = tanh(scaling), or None: s = scale.
 
     Returns:
@@ -46,7 +49,13 @@ def sltrain_linear(
     check_inputs(x, values, offsets, tiles)
     b, a = factors or (None, None)
     sizes = (tiles.tile_out, tiles.tile_in, tiles.block)
-    y: Tensor = PATHS[path](x, b, a, values, offsets, bias, scaling, scale, *sizes)
+    arguments = (x, b, a, values, offsets, bias, scaling, scale, *sizes)
+    y: Tensor
+    if path == "composed":
+        y = composed_linear(*arguments)
+    else:
+        keep = x.device.type == "cpu" if keep_hidden is None else keep_hidden
+        y, _ = factorized_linear(*arguments, keep and torch.is_grad_enabled())
     return y
 
 

@@ -79,15 +79,20 @@ def formula(plan, offsets, tensors, scale):
     return y.detach(), [None if leaf is None else next(grads) for leaf in leaves]
 
 
-def run(plan, offsets, tensors, scale, needs, fused=None):
+def run(plan, offsets, tensors, scale, needs, fused=None, keep=False):
     tiles = plan.tiles
     x, b, a, values, bias, scaling, dy = (
         None if tensor is None else tensor.to(DEVICE) for tensor in tensors.values()
     )
     offsets = offsets.to(DEVICE)
     sizes = (scale, tiles.tile_out, tiles.tile_in, tiles.block)
-    y = block_triton.forward(x, b, a, values, offsets, bias, scaling, *sizes, fused=fused)
-    grads = block_triton.backward(dy, x, b, a, values, offsets, scaling, *sizes, needs, fused=fused)
+    y, hidden = block_triton.forward(
+        x, b, a, values, offsets, bias, scaling, *sizes, keep_hidden=keep, fused=fused
+    )
+    kept = hidden if keep else None
+    grads = block_triton.backward(
+        dy, x, b, a, values, offsets, kept, scaling, *sizes, needs, fused=fused
+    )
     return y.cpu(), [grad.cpu() for grad in grads]
 
 

@@ -68,7 +68,7 @@ def formula(support, offsets, leaves, scale):
     return y + leaves["bias"] if "bias" in leaves else y
 
 
-def ours(support, offsets, leaves, scale, path="composed"):
+def ours(support, offsets, leaves, scale, path="composed", keep_hidden=None):
     return sltrain_linear(
         leaves["x"],
         (leaves["b"], leaves["a"]) if "b" in leaves else None,
@@ -79,4 +79,5 @@ def ours(support, offsets, leaves, scale, path="composed"):
         scale,
         support.tiles,
         path,
+        keep_hidden,
     )

@@ -114,11 +114,11 @@ def test_other_supports_take_the_reference(kind):
     x, b, a = torch.randn(5, 80), torch.randn(40, 3), torch.randn(3, 80)
     values, dy = torch.randn(plan.values_shape), torch.randn(5, 40)
     sizes = (0.5, plan.tiles.tile_out, plan.tiles.tile_in, plan.tiles.block)
-    arguments = (x, b, a, values, offsets, None, None, *sizes)
+    arguments = (x, b, a, values, offsets, None, None, *sizes, True)
     torch.testing.assert_close(
         forward.function(*arguments), factorized.factorized_reference(*arguments)
     )
-    arguments = (dy, x, b, a, values, offsets, None, *sizes, [True] * 4 + [False])
+    arguments = (dy, x, b, a, values, offsets, None, None, *sizes, [True] * 4 + [False])
     torch.testing.assert_close(
         backward.function(*arguments), factorized.factorized_backward_reference(*arguments)
     )

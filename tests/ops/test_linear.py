@@ -1,5 +1,7 @@
 """Both paths of the linear against the written-out formula, on every kind of support, and what they keep alive."""
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,20 +10,23 @@ from sltrain_dist.ops import composed, factorized
 from sltrain_dist.ops.linear import PATHS
 from tests.ops.problem import KINDS, formula, ours, problem
 
-BACKWARD = {
-    "composed": composed.composed_linear_backward,
-    "factorized": factorized.factorized_linear_backward,
-}
 pytestmark = pytest.mark.parametrize("path", list(PATHS))
 
 
 def compare(support, offsets, leaves, scale, path, **tolerances):
+    """Of the factorized path with h kept and with h computed again."""
+    compare_one(support, offsets, leaves, scale, path, False, **tolerances)
+    if path == "factorized":
+        compare_one(support, offsets, leaves, scale, path, True, **tolerances)
+
+
+def compare_one(support, offsets, leaves, scale, path, keep_hidden, **tolerances):
     """Output and gradients of a path against the formula in float64."""
     exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
     expected = formula(support, offsets, exact, scale)
     dy = torch.randn_like(expected)
     wanted = [expected, *torch.autograd.grad(expected, list(exact.values()), dy)]
-    actual = ours(support, offsets, leaves, scale, path)
+    actual = ours(support, offsets, leaves, scale, path, keep_hidden)
     dtype = leaves["x"].dtype
     assert actual.dtype == dtype
     grads = torch.autograd.grad(actual, list(leaves.values()), dy.to(dtype))
@@ -71,12 +76,21 @@ def test_opcheck(kind, scaling, path):
     arguments = (*(leaves[name] for name in ("x", "b", "a", "values")), offsets)
     constants = (0.5, tiles.tile_out, tiles.tile_in, tiles.block)
     scale = leaves.get("scaling")
-    torch.library.opcheck(PATHS[path], (*arguments, leaves["bias"], scale, *constants))
     plain = tuple(tensor.detach() for tensor in arguments)
     dy = torch.randn(3, 7, 8, dtype=torch.float64)
     frozen = None if scale is None else scale.detach()
     needs = [True, True, True, True, scaling]
-    torch.library.opcheck(BACKWARD[path], (dy, *plain, frozen, *constants, needs))
+    forward = (*arguments, leaves["bias"], scale, *constants)
+    if path == "composed":
+        torch.library.opcheck(composed.composed_linear, forward)
+        backward = (dy, *plain, frozen, *constants, needs)
+        torch.library.opcheck(composed.composed_linear_backward, backward)
+        return
+    for keep_hidden in (False, True):
+        torch.library.opcheck(factorized.factorized_linear, (*forward, keep_hidden))
+        hidden = torch.randn(21, 2, dtype=torch.float64) if keep_hidden else None
+        backward = (dy, *plain, hidden, frozen, *constants, needs)
+        torch.library.opcheck(factorized.factorized_linear_backward, backward)
 
 
 @pytest.mark.parametrize("needed", ["x", "b", "a", "values", "scaling"])
@@ -139,12 +153,28 @@ def test_saves_only_its_inputs(kind, path):
     support, offsets, leaves = problem(kind, scaling=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ours(support, offsets, leaves, 0.5, path)
+        ours(support, offsets, leaves, 0.5, path, keep_hidden=False)
     allowed = {leaves[n].data_ptr(): n for n in ("x", "b", "a", "values", "scaling")}
     allowed[offsets.data_ptr()] = "offsets"
     names = sorted(allowed[tensor.data_ptr()] for tensor in saved)
     assert names == ["a", "b", "offsets", "scaling", "values", "x"]
     assert all(t.shape in {leaf.shape for leaf in leaves.values()} | {offsets.shape} for t in saved)
+
+
+def test_keeps_h_beside_them_where_asked(path):
+    """And only then, and only for backward: r numbers a token."""
+    support, offsets, leaves = problem("fan_in", rank=5)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ours(support, offsets, leaves, 0.5, path, keep_hidden=True)
+    assert len(saved) == (6 if path == "factorized" else 5)
+    assert ((21, 5) in {tuple(tensor.shape) for tensor in saved}) == (path == "factorized")
+    with torch.no_grad():
+        _, hidden = factorized.factorized_linear(
+            *(leaves[name] for name in ("x", "b", "a", "values")), offsets, None, None, 0.5,
+            *astuple(support.tiles), False,
+        )  # fmt: skip
+    assert hidden.numel() == 0
 
 
 def test_compiles_without_graph_breaks(path):
@@ -166,7 +196,7 @@ def test_flops_are_counted(path):
     out, in_, rank, n = 96, 64, 5, 21
     support, offsets, leaves = problem("fan_in", out, in_, rank, dtype=torch.float32)
     with FlopCounterMode(display=False) as counter:
-        ours(support, offsets, leaves, 0.5, path).sum().backward()
+        ours(support, offsets, leaves, 0.5, path, keep_hidden=False).sum().backward()
     support_size = leaves["values"].numel()
     assert (
         counter.get_total_flops()

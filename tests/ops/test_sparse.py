@@ -120,18 +120,20 @@ def test_equals_the_reference(kind, dtype):
     """Compiled against reference through the whole operator, over more tokens than one chunk."""
     leaves, offsets, tiles, _ = case(kind, dtype, tokens=700)
     parts = [leaves[name] for name in ("x", "b", "a", "values")]
-    compiled = factorized_linear(*parts, offsets, leaves["bias"], None, 0.3, *tiles)
-    plain = factorized_linear._init_fn(*parts, offsets, leaves["bias"], None, 0.3, *tiles)
-    close(compiled, plain, dtype)
-    dy = torch.randn(700, 96).to(dtype)
-    needs = [True] * 4 + [False]
-    arguments = (dy, *parts, offsets, None, 0.3, *tiles, needs)
-    for found, expected in zip(
-        factorized_linear_backward(*arguments),
-        factorized_linear_backward._init_fn(*arguments),
-        strict=True,
-    ):
-        close(found, expected, dtype)
+    arguments = (*parts, offsets, leaves["bias"], None, 0.3, *tiles, True)
+    y, hidden = factorized_linear(*arguments)
+    plain_y, plain_hidden = factorized_linear._init_fn(*arguments)
+    close(y, plain_y, dtype)
+    close(hidden, plain_hidden, dtype)
+    dy, needs = torch.randn(700, 96).to(dtype), [True] * 4 + [False]
+    for kept in (None, hidden):
+        arguments = (dy, *parts, offsets, kept, None, 0.3, *tiles, needs)
+        for found, expected in zip(
+            factorized_linear_backward(*arguments),
+            factorized_linear_backward._init_fn(*arguments),
+            strict=True,
+        ):
+            close(found, expected, dtype)
 
 
 def test_supports_are_the_same_without_a_compiler():
