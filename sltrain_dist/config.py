@@ -315,6 +315,7 @@ class TrainConfig:
     attention: Literal["auto", "sdpa", "flash_attn"] = "auto"
     norm: Literal["auto", "torch", "apex"] = "auto"
     linear_path: Literal["auto", "composed", "factorized"] = "auto"  # of sltrain's linears
+    keep_hidden: Literal["auto", "yes", "no"] = "auto"  # x A^T of factorized linears, for backward
     activation_checkpointing: Literal["none", "block"] = "none"
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     use_hf_model: bool = False  # transformers' LlamaForCausalLM with its linears replaced

@@ -131,13 +131,14 @@ class SLTrain(LowRank):
     Dropout, where asked, acts on the low-rank input alone; then the two products are apart.
 
     path: how the operator computes (ops.linear); path_key: what it was chosen for (params.paths),
-    "" where nobody chose. Both are set before the engine exists and stay.
+    "" where nobody chose; keep_hidden: see ops.linear. They are set before the engine exists and stay.
     """
 
     values: nn.Parameter
     offsets: nn.Parameter
     path: Path = "composed"
     path_key: str = ""
+    keep_hidden: bool | None = None
 
     def __init__(self, shape: LinearShape, method: MethodConfig) -> None:
         ParameterizedLinear.__init__(self, shape)
@@ -179,8 +180,9 @@ class SLTrain(LowRank):
         if self.method.dropout > 0 and self.training:
             sparse = sltrain_linear(x, None, *support, None, 0.0, self.support.tiles, self.path)
             return sparse + self.low_rank(x)
-        scale, tiles = self.method.scale, self.support.tiles
-        return sltrain_linear(x, (self.b, self.a), *support, self.scaling, scale, tiles, self.path)
+        scale, tiles, factors = self.method.scale, self.support.tiles, (self.b, self.a)
+        path, keep = self.path, self.keep_hidden
+        return sltrain_linear(x, factors, *support, self.scaling, scale, tiles, path, keep)
 
 
 def logical_values(support: Support, seed: int, name: str) -> int:

@@ -63,11 +63,20 @@ class LinearKey:
 
 @dataclass(frozen=True)
 class Situation:
-    """Where linears run: the machine, the kernels loaded, and the micro-batch."""
+    """Where linears run: the machine, the kernels loaded, and the micro-batch.
+
+    keep_hidden: of factorized linears, see ops.linear.sltrain_linear; None: as the device decides.
+    """
 
     device: torch.device
     dtype: torch.dtype
     tokens: int
+    keep_hidden: bool | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether h = x A^T of a factorized linear is kept for backward."""
+        return self.device.type == "cpu" if self.keep_hidden is None else self.keep_hidden
 
     @property
     def text(self) -> str:
@@ -77,7 +86,7 @@ class Situation:
             where += f", {torch.get_num_threads()} threads"
         loaded = "+".join(kernels.loaded()) or "reference"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{where}, kernels {loaded}, {dtype}, {self.tokens} tokens"
+        return f"{where}, kernels {loaded}, {dtype}, {self.tokens} tokens, h {'kept' if self.keeps else 'again'}"
 
 
 @dataclass(frozen=True)
@@ -155,12 +164,12 @@ def predict(key: LinearKey, situation: Situation, tokens: int | None = None) -> 
     """Seconds of forward and backward by either path, for ``tokens`` (else the situation's).
 
         composed    (6 n out in + 8 r out in) / dense  +  (10 out in z + 3 e 32) / bandwidth
-        factorized  (6 n r (out + in) + 2 n r in) / dense  +  6 n e / sparse
+        factorized  (6 n r (out + in) [+ 2 n r in]) / dense  +  6 n e / sparse
                     + 6 n (out + in) z / bandwidth
 
     each with 20 launches; z is the bytes of an element as computed. W is written and read twice and
     dW once, and an entry of S costs half a cache line wherever it is scattered or gathered. The
-    factorized path moves activations in and out of every product. Without a sparse kernel S is a
+    term in brackets is h computed again. The factorized path moves activations in and out of every product. Without a sparse kernel S is a
     dense matrix: 6 n out in in place of 6 n e. With r = 0 (dropout) both lose their factors.
     """
     n = situation.tokens if tokens is None else tokens
@@ -169,7 +178,8 @@ def predict(key: LinearKey, situation: Situation, tokens: int | None = None) -> 
     z = 2 if situation.device.type == "cuda" and situation.dtype == torch.bfloat16 else 4
     composed = (6.0 * n + 8 * r) * out * in_ / rates.dense
     composed += (10.0 * out * in_ * z + 3 * e * 32) / rates.bandwidth
-    factorized = (6.0 * (out + in_) + 2 * in_) * n * r / rates.dense
+    again = 0 if situation.keeps else 2 * in_
+    factorized = (6.0 * (out + in_) + again) * n * r / rates.dense
     factorized += 6.0 * n * (out + in_) * z / rates.bandwidth
     if rates.sparse is None:
         factorized += 6.0 * n * out * in_ / rates.dense + 10.0 * out * in_ * z / rates.bandwidth
@@ -283,7 +293,7 @@ class _Trial:
         with torch.enable_grad():
             y = sltrain_linear(
                 self.x, self.factors, self.values, self.offsets, None, None, 0.25,
-                self.key.support.tiles, path,
+                self.key.support.tiles, path, self.situation.keep_hidden,
             )  # fmt: skip
             torch.autograd.grad(y, [self.x, *self.leaves], self.dy)
         self._wait()
@@ -305,10 +315,13 @@ def linears(model: nn.Module) -> list[SLTrain]:
     return [module for module in model.modules() if isinstance(module, SLTrain)]
 
 
-def assign(model: nn.Module, situation: str, paths: Mapping[str, Path]) -> None:
-    """Give every SLTrain linear the path that ``paths`` has for its key's text."""
+def assign(
+    model: nn.Module, situation: str, paths: Mapping[str, Path], keep_hidden: bool | None = None
+) -> None:
+    """Give every SLTrain linear the path that ``paths`` has for its key's text, and ``keep_hidden``."""
     for linear in linears(model):
         text = key_of(linear).text
+        linear.keep_hidden = keep_hidden
         linear.path, linear.path_key = paths[text], f"{situation}, {text}"
 
 

@@ -59,7 +59,10 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("norm", "RMSNorm back end", "auto", choices=("auto", "torch", "apex")),
         Flag("linear_path", "how linears of --method sltrain are computed: W built, or never; auto: whichever is faster here",
              "auto", choices=("auto", "composed", "factorized")),
-        Flag("compile", "torch.compile every block; reduce-overhead replays CUDA graphs, which hides launches up to 350m", "none", choices=("none", "default", "reduce-overhead", "max-autotune"), const="default"),
+        Flag("keep_hidden", "factorized linears keep x A^T for backward, rank numbers a token, or compute it again; auto: keep on a CPU",
+             "auto", choices=("auto", "yes", "no")),
+        Flag("compile", "torch.compile every block; reduce-overhead replays CUDA graphs, which hides launches up to 350m",
+             "none", choices=("none", "default", "reduce-overhead", "max-autotune"), const="default"),
     ),
     "data": (
         Flag("corpus", "stdlib, c4 (c4:FOLDER for a mirror), or a txt|jsonl|json.gz|parquet file or a folder of them", "stdlib"),

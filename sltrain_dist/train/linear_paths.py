@@ -41,11 +41,17 @@ class LinearPaths:
     situation: str
     chosen: Mapping[str, linear.Path]
     sources: Mapping[str, Source]
+    keep_hidden: bool | None = None
+
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether factorized linears keep h = x A^T: r numbers a token each."""
+        return self.situation.endswith("h kept")
 
     def apply(self, model: nn.Module) -> None:
         """Write it into the model's modules."""
         if self.chosen:
-            paths.assign(model, self.situation, self.chosen)
+            paths.assign(model, self.situation, self.chosen, self.keep_hidden)
 
     def describe(self, model: nn.Module) -> str:
         """For the summary: "28 factorized, 14 composed (3 shapes timed, 0 cached)"; "" without linears."""
@@ -70,12 +76,13 @@ def decide(
         checkpoint: the step_N folder the run continues from.
     """
     tokens = config.engine.batch_size * config.data.sequence_length
-    situation = paths.Situation(device, getattr(torch, config.engine.dtype), tokens)
+    keep_hidden = {"auto": None, "yes": True, "no": False}[config.keep_hidden]
+    situation = paths.Situation(device, getattr(torch, config.engine.dtype), tokens, keep_hidden)
     keys = {key.text: key for key in map(paths.key_of, paths.linears(model))}
     if config.linear_path != "auto":
-        return LinearPaths(
-            situation.text, dict.fromkeys(keys, config.linear_path), dict.fromkeys(keys, "pinned")
-        )
+        pinned: dict[str, Source] = dict.fromkeys(keys, "pinned")
+        all_one = dict.fromkeys(keys, config.linear_path)
+        return LinearPaths(situation.text, all_one, pinned, keep_hidden)
     if not keys:
         return LinearPaths("", {}, {})
     saved = saved_linear_paths(checkpoint) if checkpoint is not None else {}
@@ -94,7 +101,7 @@ def decide(
         seconds = paths.measure(key, situation, paths.budget(len(open_)))
         chosen[text], sources[text] = paths.faster(seconds), "timed"
         cache.add(text, seconds)
-    return LinearPaths(situation.text, chosen, sources)
+    return LinearPaths(situation.text, chosen, sources, keep_hidden)
 
 
 class PathCache:

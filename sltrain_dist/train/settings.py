@@ -355,6 +355,7 @@ def _build(
         attention=settings["attention"],
         norm=settings["norm"],
         linear_path=settings["linear_path"],
+        keep_hidden=settings["keep_hidden"],
         activation_checkpointing=settings["activation_checkpointing"],
         compile=settings["compile"],
         use_hf_model=settings["use_hf_model"],

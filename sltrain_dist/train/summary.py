@@ -6,7 +6,7 @@ The estimate adds up, per rank, with P trained elements, n ranks, w bytes a weig
     optimizer   4 P for each state, over n from ZeRO-1 on
     indices     1 or 4 bytes per entry of S, over n under ZeRO-3 and FSDP2
     activations per token and layer what autograd keeps, 7 D + 3 F + D KV/H elements (D alone under
-                checkpointing, and one layer whole), and, where a linear is composed, W of the
+                checkpointing, and one layer whole), 7 r where h is kept, and, where a linear is composed, W of the
                 largest one, twice
     loss        fp32 logits of one chunk and the gradients of head and hidden states
 """
@@ -55,6 +55,8 @@ def estimate_memory(
     hidden, ff = model.hidden_size, model.padded_intermediate_size
     kv = hidden * model.num_key_value_heads // model.num_attention_heads
     layer = (7 * hidden + 3 * ff + kv) * width
+    if "factorized" in paths.chosen.values() and paths.keeps_hidden:
+        layer += 7 * config.method.rank * width
     layers = model.num_hidden_layers
     if config.activation_checkpointing == "block":
         activations = tokens * (hidden * width * layers + layer)

@@ -199,13 +199,27 @@ def test_model_is_made_with_its_paths(tmp_path, hf):
     assert all("32 tokens" in key for key in stored)
 
 
-def test_memory_of_w_is_counted_where_w_is_built(tmp_path):
+def test_memory_of_w_is_counted_where_w_is_built_and_of_h_where_it_is_kept(tmp_path):
     counts = {"total": 1000, "indices_bytes": 10}
-    estimates = []
-    for path in ("composed", "factorized"):
-        chosen = decide(config(tmp_path, linear_path=path), model(), CPU, None)
-        estimates.append(estimate_memory(config(tmp_path), counts, 1, chosen)["activations"])
-    assert estimates[0] - estimates[1] == 2 * 64 * 176 * 4
+
+    def activations(path, keep_hidden):
+        pinned = config(tmp_path, linear_path=path, keep_hidden=keep_hidden)
+        chosen = decide(pinned, model(), CPU, None)
+        return estimate_memory(pinned, counts, 1, chosen)["activations"]
+
+    lean = activations("factorized", "no")
+    assert activations("composed", "yes") - lean == 2 * 64 * 176 * 4
+    tokens, layers = 32, 1
+    assert activations("factorized", "yes") - lean == tokens * layers * 7 * METHOD.rank * 4
+    assert activations("factorized", "auto") == activations("factorized", "yes"), "on a CPU"
+
+
+@pytest.mark.parametrize(("flag", "kept"), [("auto", None), ("yes", True), ("no", False)])
+def test_keep_hidden_reaches_the_linears(tmp_path, flag, kept):
+    pinned = config(tmp_path, linear_path="factorized", keep_hidden=flag)
+    chosen = decide(pinned, model(), CPU, None)
+    made = make_model(pinned, "sdpa", "torch", chosen, device="meta", dtype=torch.float32)
+    assert {linear.keep_hidden for linear in paths.linears(made)} == {kept}
 
 
 def test_changes_are_said_in_one_line(tmp_path):
