@@ -217,7 +217,8 @@ def test_memory_of_w_is_counted_where_w_is_built_and_of_h_where_it_is_kept(tmp_p
 @pytest.mark.parametrize(("flag", "kept"), [("auto", None), ("yes", True), ("no", False)])
 def test_keep_hidden_reaches_the_linears(tmp_path, flag, kept):
     pinned = config(tmp_path, linear_path="factorized", keep_hidden=flag)
-    chosen = decide(pinned, model(), CPU, None)
+    blank = make_model(pinned, "sdpa", "torch", device="meta", dtype=torch.float32)
+    chosen = decide(pinned, blank, CPU, None)
     made = make_model(pinned, "sdpa", "torch", chosen, device="meta", dtype=torch.float32)
     assert {linear.keep_hidden for linear in paths.linears(made)} == {kept}
 
