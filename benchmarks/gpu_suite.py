@@ -1,142 +1,125 @@
 #!/usr/bin/env python
-"""Everything that only a GPU can show, in one call: python benchmarks/gpu_suite.py --output results/DEVICE.json
+"""Everything that only a GPU can show, in one call: python benchmarks/gpu_suite.py --out results/DEVICE.json
 
-    supports   generated on the device, equal to those generated on the CPU
-    op         the composed linear on the device against float64 on the CPU, every support, fp32 and bf16
-    linear     time and memory of one linear: ours, dense, the reference's formula (benchmarks/linear.py)
-    train      llama_60m in bf16 under FSDP2 on one GPU: loss falls, tokens/s, peak memory against the estimate
+    build          the kernels, into a temporary folder, with the compilers that are here (SLT_BUILD=cuda)
+    correctness    each operator and both paths against float64 (correctness.py)
+    linear         the linears of 60m, 350m, 1b and 7b in bf16, 8k and 32k tokens (linear.py)
+    step_60m, _1b  training steps: tokens/s, MFU, peak memory (step.py)
 
-It needs torch, numpy, tokenizers and safetensors, no network, and runs on a CPU too (--device cpu --small), which is
-how it is tested. Each section's failure is recorded and the others still run; the exit code is 1 if any failed.
+It needs torch, numpy, transformers (or tokenizers and safetensors), for CUDA kernels nvcc and a C++ compiler, and no
+network; nothing has to be installed first. At most eight minutes. Every section is a process of its own with its own
+time; its failure is recorded and the others still run (without kernels, if these did not build); results are written
+after each. The exit code is 1 if any failed. --device cpu --tiny shows on a machine without a GPU, in a minute, that
+all of it runs; kernels that are built already are taken as they are.
 """
 
 import argparse
-import datetime
 import json
-import platform
+import os
 import subprocess
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import ROOT
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-import linear  # noqa: E402
-
-from sltrain_dist.ops.composed import sltrain_linear  # noqa: E402
-from sltrain_dist.params.support import Support  # noqa: E402
-
-KINDS = (("fan_in", 1, False), ("uniform", 1, False), ("block", 16, False), ("block", 16, True))
+HERE = Path(__file__).resolve().parent
+SECONDS = {"build": 150, "correctness": 40, "linear": 130, "step_60m": 90, "step_1b": 60}
+TOTAL = 470.0
 
 
-def supports(device: str, small: bool) -> dict[str, Any]:
-    """Offsets made on the device equal those made on the CPU."""
-    size = 512 if small else 4096
-    for kind, block, transposed in KINDS:
-        support = Support.plan(kind, (size, size), 0.0625, block=block, transposed=transposed)
-        count = torch.Size(support.offsets_shape).numel()
-        there = support.offsets(7, "layer", 0, count, device)
-        assert torch.equal(there.cpu(), support.offsets(7, "layer", 0, count)), kind
-    return {"size": size, "equal": True}
-
-
-def op(device: str, small: bool) -> dict[str, Any]:
-    """Largest relative error of outputs and gradients, per support and dtype."""
-    out, in_, rank, tokens = (512, 256, 32, 100) if small else (2048, 1024, 128, 1000)
-    errors = {}
-    for kind, block, transposed in KINDS:
-        support = Support.plan(kind, (out, in_), 0.0625, block=block, transposed=transposed)
-        count = torch.Size(support.offsets_shape).numel()
-        offsets = support.offsets(0, "layer", 0, count).view(support.offsets_shape)
-        shapes = [(tokens, in_), (out, rank), (rank, in_), support.values_shape]
-        exact = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-        dy = torch.randn(tokens, out, dtype=torch.float64)
-        wanted = _gradients(exact, dy, offsets, support)
-        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
-            inputs = [tensor.to(device, dtype) for tensor in exact]
-            got = _gradients(inputs, dy.to(device, dtype), offsets.to(device), support)
-            worst = max(
-                float((g.cpu().double() - w).norm() / w.norm())
-                for g, w in zip(got, wanted, strict=True)
-            )
-            assert worst < tolerance, f"{kind} {dtype}: relative error {worst}"
-            errors[f"{kind}{' transposed' if transposed else ''} {dtype}"] = worst
-    return errors
-
-
-def _gradients(
-    inputs: list[torch.Tensor], dy: torch.Tensor, offsets: torch.Tensor, support: Support
-) -> list[torch.Tensor]:
-    x, b, a, values = (tensor.detach().requires_grad_() for tensor in inputs)
-    y = sltrain_linear(x, (b, a), values, offsets, None, None, 0.25, support.tiles)
-    return [y.detach(), *torch.autograd.grad(y, [x, b, a, values], dy)]
-
-
-def linears(device: str, small: bool) -> dict[str, Any]:
-    """benchmarks/linear.py at the shapes of 60m, 1b and 7b."""
-    shapes = (
-        [(256, 256, 64, 8)]
-        if small
-        else [(512, 512, 8192, 128), (5472, 2048, 8192, 512), (11008, 4096, 8192, 1024)]
-    )
-    dtype = torch.float32 if small else torch.bfloat16
-    tables = {}
-    for out, in_, tokens, rank in shapes:
-        rows = linear.measure(out, in_, tokens, rank, 0.0625, dtype, device, 3 if small else 9)
-        linear.show(f"{out} x {in_}, {tokens} tokens, rank {rank}", rows)
-        tables[f"{out}x{in_}"] = rows
-    return tables
-
-
-def train(device: str, small: bool) -> dict[str, Any]:
-    """A real run through the launcher's main; returns its summary."""
-    from launcher.pretrain import main as pretrain
-
-    with tempfile.TemporaryDirectory() as folder:
-        line = f"--corpus stdlib --cache_dir {folder}/cache --save_dir {folder}/run --tracker none --eval_tokens 16K "
-        if small:
-            line += "--model llama_demo --num_training_steps 3 --total_batch_size 2 --max_length 32"
-        else:
-            line += "--model llama_60m --dtype bfloat16 --num_training_steps 200 --total_batch_size 128 --batch_size 64"
-        assert pretrain(line.split()) == 0
-        run = Path(folder) / "run"
-        losses = [
-            json.loads(text).get("loss")
-            for text in (run / "metrics.jsonl").read_text().splitlines()
-        ]
-        losses = [loss for loss in losses if loss is not None]
-        assert small or losses[-1] < losses[0] - 3
-        result: dict[str, Any] = json.loads((run / "summary.json").read_text())
-        return result | {"first_loss": losses[0], "last_loss": losses[-1]}
-
-
-SECTIONS: dict[str, Callable[[str, bool], dict[str, Any]]] = {
-    "supports": supports,
-    "op": op,
-    "linear": linears,
-    "train": train,
-}
-
-
-def about(device: str) -> dict[str, Any]:
-    """Date, commit, device and versions, as every result file needs them."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """What each section runs, with the interpreter; `--out` is added where a section takes it."""
+    device = ["--device", arguments.device]
+    if arguments.tiny:
+        built = list((ROOT / "sltrain_dist").glob("_kernels_cpu.*.so"))
+        return {
+            **({} if built else {"build": ["setup.py", "build_ext"]}),
+            "correctness": ["correctness.py", *device, "--quick"],
+            "linear": ["linear.py", *device, "--quick", "--shapes", "128x128r16d.0625", "--supports", "fan_in", "block"],
+            "step_60m": ["step.py", *device, "--quick", "--dtype", "bfloat16"],
+            "step_1b": ["step.py", *device, "--quick", "--dtype", "bfloat16", "--support", "uniform", "--methods", "ours"],
+        }  # fmt: skip
+    linear = ["--presets", "7b", "1b", "350m", "60m", "--tokens", "8192", "32768", "--dtypes", "bfloat16",
+              "--supports", "fan_in", "block", "--modes", "fwd_bwd", "--turns", "7", "--seconds", "1.5"]  # fmt: skip
+    step = ["--dtype", "bfloat16", "--turns", "7"]
+    small = ["--model", "llama_60m", "--batch_size", "128", "--compile"]
     return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or None,
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
+        "build": ["setup.py", "build_ext"],
+        "correctness": ["correctness.py", *device],
+        "linear": ["linear.py", *device, *linear],
+        "step_60m": ["step.py", *device, *small, *step],
+        "step_1b": ["step.py", *device, "--model", "llama_1b", "--batch_size", "32", *step],
     }
+
+
+def run(
+    name: str, command: list[str], device: str, limit: float, folder: str, built: bool
+) -> dict[str, Any]:
+    """One section: its rows, whether it passed, and, where it did not, the end of what it printed.
+
+    Args:
+        built: the section "build" of this run has left kernels in ``folder``.
+    """
+    out = Path(folder, f"{name}.json")
+    script = HERE / command[0] if name != "build" else ROOT / command[0]
+    line = [sys.executable, str(script), *command[1:]]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if name == "build":
+        environment["SLT_BUILD"] = "cuda" if device == "cuda" else "cpu"
+        line += ["--build-lib", folder, "--build-temp", f"{folder}/objects"]
+    else:
+        line += ["--out", str(out)]
+        if built:
+            environment["SLT_KERNELS_DIR"] = f"{folder}/sltrain_dist"
+            environment["SLT_KERNELS"] = "compiled"  # never the fallback by accident
+    began = time.perf_counter()
+    log = Path(folder, f"{name}.log")
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                line, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                timeout=limit, check=False,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = 124
+            file.write(f"\nstopped after {limit:.0f} s\n")
+    content = json.loads(out.read_text()) if out.is_file() else {}
+    text = log.read_text(errors="replace")
+    print(text, flush=True)
+    return {
+        "passed": code == 0, "code": code, "seconds": time.perf_counter() - began,
+        "about": content.get("about"), "rows": content.get("rows", []),
+        **({} if code == 0 else {"log": text[-6000:]}),
+    }  # fmt: skip
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The short table."""
+    lines = []
+    for name, section in results["sections"].items():
+        verdict = "passed" if section["passed"] else f"FAILED ({section['code']})"
+        lines.append(
+            f"{name:11} {verdict:13} {section['seconds']:5.0f} s  {len(section['rows'])} rows"
+        )
+    for row in results["sections"].get("linear", {}).get("rows", []):
+        if row["mode"] == "fwd_bwd" and row["path"] == "auto":
+            lines.append(
+                f"linear {row['out']:>5} x {row['in']:<5} n {row['tokens']:<6} {row['support']:7} "
+                f"{row['choice']:10} {row['ours_ms'] / row['dense_ms']:.2f} x the time of dense, reference "
+                f"{row['reference_ms'] / row['dense_ms']:.2f} x; transient {row['transient_bytes'] / 2**20:.0f} MiB"
+            )
+    for name in ("step_60m", "step_1b"):
+        for row in results["sections"].get(name, {}).get("rows", []):
+            mfu = f"MFU {row['mfu']:.1%}, " if row["mfu"] else ""
+            lines.append(
+                f"{row['model']} {row['method']:9} {row['tokens_per_second']:>10,.0f} tokens/s, {mfu}"
+                f"peak {row['peak_bytes'] / 2**30:.2f} GiB"
+            )
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -145,23 +128,30 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="sizes for a test on the CPU")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--output", help="JSON file for the results")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a test on the CPU")
+    parser.add_argument("--only", nargs="+", choices=SECONDS, default=list(SECONDS))
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"about": about(arguments.device)}
-    failed = []
-    for name in arguments.only:
-        print(f"== {name}", flush=True)
-        try:
-            results[name] = SECTIONS[name](arguments.device, arguments.small)
-        except Exception:
-            results[name] = {"failed": traceback.format_exc()}
-            failed.append(name)
-            traceback.print_exc()
-        if arguments.output:
-            Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
+    began = time.perf_counter()
+    results: dict[str, Any] = {"about": {}, "sections": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, command in commands(arguments).items():
+            if name not in arguments.only:
+                continue
+            print(f"== {name}", flush=True)
+            left = TOTAL - (time.perf_counter() - began)
+            limit = max(5.0, min(SECONDS[name], left))
+            built = results["sections"].get("build", {}).get("passed", False)
+            section = run(name, command, arguments.device, limit, folder, built)
+            results["sections"][name] = section
+            results["about"] = (
+                section.pop("about") or results["about"] or {"device": arguments.device}
+            )
+            if arguments.out:
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    print(summary(results))
+    failed = [name for name, section in results["sections"].items() if not section["passed"]]
     print(f"failed: {', '.join(failed)}" if failed else "all sections passed")
     return 1 if failed else 0
 

@@ -52,8 +52,10 @@ class Tiles:
         return values.dim() == 1
 
     def panel_rows(self, out_features: int) -> int:
-        """Rows of dW held at a time: max(256, out/8), in whole tiles."""
+        """Rows of dW held at a time: max(256, out/8), in whole tiles; a tile that is the matrix may be cut."""
         rows = max(256, -(-out_features // 8))
+        if self.block not in (self.tile_out, self.tile_in):
+            return rows
         return max(self.tile_out, rows // self.tile_out * self.tile_out)
 
 
