@@ -4,7 +4,7 @@
     python benchmarks/step.py --model llama_60m                      tokens/s, peak memory, shares of time
     python benchmarks/step.py --model llama_1b --dtype bfloat16 --device cuda --compile
 
-A step is forward, loss, backward and torch's fused AdamW on one batch of random tokens (16 x 256 by default); in
+A step is forward, loss, backward and torch's fused AdamW on one batch of random tokens (16 x 256 by default, 4 x 256 on a CPU); in
 bfloat16 weights and optimizer states are bfloat16 too, as the reference trains. All three are our model: they
 differ in their linears alone. Speed: the methods take turns in one process; where they do not fit together, one
 after the other. Peak memory: each method alone, on a CPU in a process of its own (the resident peak over steps,
@@ -256,7 +256,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="llama_60m")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, help="sequences; default 16, on a CPU 4")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--support", choices=("fan_in", "uniform", "block"), default="fan_in")
     parser.add_argument("--linear_path", choices=("auto", "composed", "factorized"), default="auto")
@@ -275,6 +275,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache_dir", help=argparse.SUPPRESS)
     parser.add_argument("--alone", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.batch_size is None:
+        arguments.batch_size = 4 if arguments.device == "cpu" else 16
     if arguments.quick:
         arguments.model, arguments.turns = "llama_demo", 2
         arguments.batch_size, arguments.length = 2, 32
