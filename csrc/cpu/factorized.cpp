@@ -28,37 +28,6 @@ at::ScalarType compute_dtype(const Tensor& x) {
     return x.scalar_type() == at::kBFloat16 && !native_bfloat16() ? at::kFloat : x.scalar_type();
 }
 
-// How tokens are cut: few threads take whole chunks; many share the products of one large chunk,
-// for one dA and dB each would cost more memory than the cache saves time.
-struct Plan {
-    int64_t tokens, chunk, workers;
-
-    Plan(int64_t tokens, int64_t features) : tokens(tokens) {
-        const bool shared = threads() > most_workers;
-        workers = shared ? 1 : threads();
-        chunk = shared ? 4096 : features > 1024 ? 512 : 256;
-        const int64_t share = (tokens + workers - 1) / workers;
-        chunk = std::max<int64_t>(64, std::min(chunk, (share + 63) / 64 * 64));
-    }
-
-    // Calls work(first token, tokens) for every chunk, on all workers.
-    template <typename Work>
-    void run(Work work) const {
-        const int64_t chunks = (tokens + chunk - 1) / chunk;
-        const auto some = [&](int64_t begin, int64_t end) {
-            // Worker threads start without the caller's dispatch state; autograd stands above this
-            // kernel.
-            at::AutoDispatchBelowADInplaceOrView below;
-            for (int64_t i = begin; i < end; ++i)
-                work(i * chunk, std::min(chunk, tokens - i * chunk));
-        };
-        if (workers == 1)
-            some(0, chunks);
-        else
-            at::parallel_for(0, chunks, 1, some);
-    }
-};
-
 // The arguments that both directions share, in the dtype of the products.
 struct Linear {
     Tiling tiling;
@@ -82,6 +51,42 @@ struct Linear {
                               a->size(1) == tiling.in && b->size(1) == a->size(0),
                           "B ", b->sizes(), " and A ", a->sizes(), " do not fit a matrix of ",
                           tiling.out, " x ", tiling.in);
+    }
+
+    int64_t factor_bytes() const {
+        return b.defined() ? b.numel() * b.element_size() + a.numel() * a.element_size() : 0;
+    }
+};
+
+// How tokens are cut: few threads take whole chunks; many share the products of one large chunk,
+// for one dA and dB each would cost more memory than the cache saves time.
+struct Plan {
+    int64_t tokens, chunk, workers;
+
+    Plan(int64_t tokens, const Linear& linear) : tokens(tokens) {
+        const bool shared = threads() > most_workers;
+        workers = shared ? 1 : threads();
+        // So many tokens that reading A and B for each chunk costs little beside their products.
+        chunk = shared ? 4096 : std::clamp<int64_t>(linear.factor_bytes() / 8192, 128, 1024);
+        const int64_t share = (tokens + workers - 1) / workers;
+        chunk = std::max<int64_t>(64, std::min(chunk, (share + 63) / 64 * 64));
+    }
+
+    // Calls work(first token, tokens) for every chunk, on all workers.
+    template <typename Work>
+    void run(Work work) const {
+        const int64_t chunks = (tokens + chunk - 1) / chunk;
+        const auto some = [&](int64_t begin, int64_t end) {
+            // Worker threads start without the caller's dispatch state; autograd stands above this
+            // kernel.
+            at::AutoDispatchBelowADInplaceOrView below;
+            for (int64_t i = begin; i < end; ++i)
+                work(i * chunk, std::min(chunk, tokens - i * chunk));
+        };
+        if (workers == 1)
+            some(0, chunks);
+        else
+            at::parallel_for(0, chunks, 1, some);
     }
 };
 
@@ -142,7 +147,7 @@ std::tuple<Tensor, Tensor> factorized_linear(const Tensor& x, const Optional& b,
     with_dtype(linear.dtype, [&](auto type) {
         using T = decltype(type);
         const auto rows = build_rows<accumulate_t<T>>(linear.tiling, values, offsets, false);
-        Plan(tokens, std::max(in, out)).run([&](int64_t first, int64_t count) {
+        Plan(tokens, linear).run([&](int64_t first, int64_t count) {
             const Tensor xs = x2.narrow(0, first, count).to(linear.dtype);
             Tensor ys = narrows ? at::empty({count, out}, xs.options()) : y.narrow(0, first, count);
             if (linear.b.defined()) {
@@ -187,7 +192,7 @@ std::vector<Tensor> factorized_linear_backward(const Tensor& dy, const Tensor& x
     const Tensor dvalues = need_values ? at::empty_like(values) : none();
     const bool narrows = x.scalar_type() != linear.dtype;
     const auto wide = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-    const Plan plan(x2.size(0), std::max(in, out));
+    const Plan plan(x2.size(0), linear);
     std::vector<Tensor> da(need_a ? plan.workers : 0), db(need_b ? plan.workers : 0);
     for (Tensor& sum : da) sum = at::zeros_like(linear.a, wide);
     for (Tensor& sum : db) sum = at::zeros_like(linear.b, wide);
@@ -216,7 +221,8 @@ std::vector<Tensor> factorized_linear_backward(const Tensor& dy, const Tensor& x
                 add_product(db[worker], dys.t(), hs);
             }
             if (low_rank && (need_x || need_a)) {
-                const Tensor dh = at::mm(dys, linear.b).mul_(linear.scale);
+                Tensor dh = at::empty({count, linear.b.size(1)}, dys.options());
+                at::addmm_out(dh, dh, dys, linear.b, 0, linear.scale);
                 if (need_x) at::mm_out(dxs, dh, linear.a);
                 if (need_a) add_product(da[worker], dh.t(), xs);
             } else if (need_x) {

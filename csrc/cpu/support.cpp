@@ -49,16 +49,22 @@ namespace {
 template <typename Offset, typename Visit>
 void over_tiles(const Tiling& tiling, const Offset* offsets, int64_t first, int64_t last,
                 Visit visit) {
-    const int64_t block = tiling.block, area = tiling.area(), k = tiling.per_tile;
-    const int64_t grain = std::max<int64_t>(1, (1 << 14) / area);
-    at::parallel_for(first * k, last * k, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; ++at) {
-            int64_t row, column;
-            tiling.corner(at / k, offsets[at], row, column);
-            for (int64_t i = 0; i < area; ++i)
-                visit(at * area + i, (row + i / block) * tiling.in + column + i % block);
-        }
-    });
+    const auto at_position = [&](int64_t entry, int64_t row, int64_t column) {
+        visit(entry, row * tiling.in + column);
+    };
+    constexpr int64_t grain = 1 << 14;  // elements
+    const int64_t tile_size = std::max<int64_t>(1, tiling.per_tile * tiling.area());
+    if (tiling.tiles() == 1) {
+        at::parallel_for(0, tiling.per_tile, grain, [&](int64_t begin, int64_t end) {
+            for_each_in_tile(tiling, 0, begin, end, offsets, at_position);
+        });
+        return;
+    }
+    at::parallel_for(
+        first, last, (grain + tile_size - 1) / tile_size, [&](int64_t begin, int64_t end) {
+            for (int64_t tile = begin; tile < end; ++tile)
+                for_each_in_tile(tiling, tile, 0, tiling.per_tile, offsets, at_position);
+        });
 }
 
 }  // namespace

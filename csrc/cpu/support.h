@@ -20,10 +20,8 @@ struct Tiling {
     int64_t area() const { return block * block; }
     int64_t entries() const { return tiles() * per_tile * area(); }
 
-    // Row and column of the first element of the block at `offset` of a tile.
-    void corner(int64_t tile, int64_t offset, int64_t& row, int64_t& column) const {
-        row = tile / tile_columns() * tile_out;
-        column = tile % tile_columns() * tile_in;
+    // Moves row and column from the corner of a tile to that of its block at `offset`.
+    void place(int64_t offset, int64_t& row, int64_t& column) const {
         if (along_in()) {
             column += offset * block;
         } else if (tile_in == block) {
@@ -46,17 +44,26 @@ struct Rows {
     RowView<A> view() const { return {start.data(), column.data(), value.data()}; }
 };
 
-// Calls visit(entry, row, column) for every element of S, in the order of the values tensor.
+// Calls visit(entry, row, column) for the elements of blocks begin .. end of one tile.
+template <typename Offset, typename Visit>
+void for_each_in_tile(const Tiling& tiling, int64_t tile, int64_t begin, int64_t end,
+                      const Offset* offsets, Visit visit) {
+    const int64_t block = tiling.block, area = tiling.area(), columns = tiling.tile_columns();
+    const int64_t top = tile / columns * tiling.tile_out, left = tile % columns * tiling.tile_in;
+    for (int64_t at = tile * tiling.per_tile + begin; at < tile * tiling.per_tile + end; ++at) {
+        int64_t row = top, column = left;
+        tiling.place(offsets[at], row, column);
+        for (int64_t y = 0; y < block; ++y)
+            for (int64_t x = 0; x < block; ++x)
+                visit(at * area + y * block + x, row + y, column + x);
+    }
+}
+
+// The same for every element of S, in the order of the values tensor.
 template <typename Offset, typename Visit>
 void for_each_entry(const Tiling& tiling, const Offset* offsets, Visit visit) {
-    const int64_t block = tiling.block, area = tiling.area();
-    for (int64_t tile = 0, at = 0; tile < tiling.tiles(); ++tile)
-        for (int64_t k = 0; k < tiling.per_tile; ++k, ++at) {
-            int64_t row, column;
-            tiling.corner(tile, offsets[at], row, column);
-            for (int64_t i = 0; i < area; ++i)
-                visit(at * area + i, row + i / block, column + i % block);
-        }
+    for (int64_t tile = 0; tile < tiling.tiles(); ++tile)
+        for_each_in_tile(tiling, tile, 0, tiling.per_tile, offsets, visit);
 }
 
 // S row by row (`transposed`: column by column) by a counting sort, stable in the order of the
