@@ -131,6 +131,17 @@ def cuda_extensions(asked: str) -> list:
 
 def extensions(asked: str) -> list:
     """What is compiled here; ends the build where that is less than was asked for."""
+    found = chosen(asked)
+    if not found:
+        for path in sorted(ROOT.glob("sltrain_dist/_kernels_*.so")):
+            print(
+                f"sltrain_dist: {path.name} of an earlier build stays in use here; delete it if that is not meant"
+            )
+    return found
+
+
+def chosen(asked: str) -> list:
+    """The extensions that can be built and are wanted."""
     if asked == "none":
         return []
     cxx = compiler()

@@ -5,6 +5,7 @@
 
 TORCH_LIBRARY_FRAGMENT(sltrain_dist, m) {
     m.def("cpu_capability() -> str", &sltrain::cpu_capability);
+    m.def("cpu_interface() -> int", []() -> int64_t { return 2; });  // ops/kernels.py has the same
 }
 
 TORCH_LIBRARY_IMPL(sltrain_dist, CPU, m) {

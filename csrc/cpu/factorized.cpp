@@ -58,18 +58,26 @@ struct Linear {
     }
 };
 
-// How tokens are cut: few threads take whole chunks; many share the products of one large chunk,
-// for one dA and dB each would cost more memory than the cache saves time.
+// How tokens are cut: few threads take whole chunks, each with sums of dA, dB and dvalues of its
+// own; where those copies would take too much memory, all threads share the products of one large
+// chunk.
 struct Plan {
     int64_t tokens, chunk, workers;
 
     Plan(int64_t tokens, const Linear& linear) : tokens(tokens) {
-        const bool shared = threads() > most_workers;
-        workers = shared ? 1 : threads();
+        constexpr int64_t most_copied_bytes = 256 << 20;
+        const int64_t copy = std::max<int64_t>(
+            1, linear.factor_bytes() + linear.tiling.entries() * int64_t{sizeof(float)});
+        const int64_t most = std::clamp<int64_t>(most_copied_bytes / copy, 1, most_workers);
+        const bool shared = threads() > most;
         // So many tokens that reading A and B for each chunk costs little beside their products.
         chunk = shared ? 4096 : std::clamp<int64_t>(linear.factor_bytes() / 8192, 128, 1024);
+        // No more workers than chunks, and as many chunks for one worker as for another.
+        const int64_t chunks = std::max<int64_t>(1, (tokens + chunk - 1) / chunk);
+        workers = shared ? 1 : std::min(threads(), chunks);
         const int64_t share = (tokens + workers - 1) / workers;
-        chunk = std::max<int64_t>(64, std::min(chunk, (share + 63) / 64 * 64));
+        const int64_t rounds = std::max<int64_t>(1, (share + chunk - 1) / chunk);
+        chunk = std::max<int64_t>(64, ((share + rounds - 1) / rounds + 15) / 16 * 16);
     }
 
     // Calls work(first token, tokens) for every chunk, on all workers.

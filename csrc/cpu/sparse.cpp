@@ -25,7 +25,7 @@ const KernelTable& choose() {
     if (avx2 && (name.empty() || name == "avx2")) return avx2_kernels;
 #endif
     TORCH_CHECK_VALUE(name.empty() || name == "portable", "SLT_CPU_ISA=", name,
-                      ": this CPU does not have it; unset it or choose portable, avx2 or avx512");
+                      ": this CPU does not have it; unset it");
     return portable_kernels;
 }
 

@@ -170,6 +170,7 @@ def composed_linear_backward(
         if need_scaling:
             assert scaling is not None
             ds = (ds * (1 - torch.tanh(scaling.to(wide)) ** 2)).to(scaling.dtype)
+    ds = ds if need_scaling else ds.to(narrow)
     return [*(grad.to(narrow) for grad in (dx, db, da, dvalues)), ds]
 
 

@@ -182,6 +182,7 @@ def factorized_backward_reference(
             del dh
     dvalues = sparse_backward(dy2, x2, dx, values, offsets, tile_out, tile_in, block, need_values)
     dx = x.new_empty(0) if dx is None else dx.view(shape)
+    ds = ds if need_scaling else ds.to(narrow)
     return [*(grad.to(narrow) for grad in (dx, db, da, dvalues)), ds]
 
 
@@ -244,3 +245,28 @@ def _backward_flops(
     rank = b[1] if b is not None else 0
     products = (2 if hidden is not None else 3) * x[-1] + 2 * dy[-1]
     return int(2 * tokens * (rank * products + 2 * torch.Size(values).numel()))
+
+
+def workspace_bytes(
+    out_features: int, in_features: int, entries: int, rank: int, tokens: int, threads: int
+) -> dict[str, int]:
+    """Peak transient bytes of the CPU kernels beside inputs and outputs, an upper bound.
+
+    Threads that work on chunks of their own sum dB, dA and dvalues in copies of their own; where
+    those would exceed 256 MiB all threads share one (csrc/cpu/factorized.cpp, Plan). On a GPU the
+    products are torch's and the workspace is h and dh.
+
+    Args:
+        entries: elements of S. tokens: n of a micro-batch. threads: of the process.
+    """
+    factors = 4 * rank * (out_features + in_features)
+    copies = max(1, min((256 << 20) // max(1, factors + 4 * entries), 8))
+    shared = threads > copies
+    chunk = 4096 if shared else max(128, min(factors // 8192, 1024))
+    workers = 1 if shared else min(threads, -(-tokens // chunk) or 1)
+    held = min(chunk + 16, tokens) * (2 * rank + out_features + in_features) * 4
+    packed = 64 * (out_features + in_features) * 4 * min(threads, 1 if workers > 1 else threads)
+    lists = entries * 16 + 16 * (out_features + in_features + 2)
+    sums = 4 * entries * (min(threads, 8) if workers == 1 else 1)
+    forward = lists + workers * (held + packed)
+    return {"forward": forward, "backward": 2 * lists + workers * (factors + sums + held + packed)}

@@ -10,6 +10,7 @@ an error, never a silent fallback to code many times slower. SLT_KERNELS=
 
 import functools
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +18,10 @@ import torch
 from sltrain_dist.utils.errors import UserError
 
 MODES = ("auto", "reference", "compiled")
+INTERFACE = (
+    2  # of the operators: csrc/*/binding.cpp have the same number; count up when a schema changes
+)
+ISAS = ("portable", "avx2", "avx512")
 BUILD = {"cpu": "SLT_BUILD=cpu pip install -e .", "cuda": "SLT_BUILD=cuda pip install -e ."}
 
 
@@ -27,7 +32,7 @@ def load() -> frozenset[str]:
     Raises UserError, one line, where a library exists but does not load or was built for another
     torch, and where SLT_KERNELS=compiled finds none.
     """
-    mode = os.environ.get("SLT_KERNELS", "auto")
+    mode = os.environ.get("SLT_KERNELS") or "auto"
     if mode not in MODES:
         raise UserError(f"SLT_KERNELS={mode}: must be one of {', '.join(MODES)}")
     if mode == "reference":
@@ -72,26 +77,60 @@ def library(device: str) -> Path | None:
 
 
 def cpu_capability() -> str:
-    """The instruction set the CPU kernels chose, such as "AVX2"; "reference" where none are loaded."""
+    """The instruction set the CPU kernels chose, such as "avx2"; "reference" where none are loaded."""
     if "cpu" not in load():
         return "reference"
     return str(torch.ops.sltrain_dist.cpu_capability())
 
 
 def _loads(device: str, path: Path | None) -> bool:
-    """Load one library; False where there is none."""
+    """Load one library; False where there is none. UserError where it is damaged or not what it should be."""
     if path is None:
         return False
+    mend = f"rebuild it with {BUILD[device]}, or set SLT_KERNELS=reference"
+    if not _is_whole(path):
+        raise UserError(f"{path}: damaged, no whole shared library; {mend}")
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
+        cause = str(error.__cause__ or error).splitlines()[0].removeprefix(f"{path}: ")
         raise UserError(
-            f"{path}: does not load into torch {torch.__version__} ({cause}); "
-            f"rebuild it with {BUILD[device]}, or set SLT_KERNELS=reference"
+            f"{path}: does not load into torch {torch.__version__} ({cause}); {mend}"
         ) from error
+    interface = getattr(torch.ops.sltrain_dist, f"{device}_interface", None)
+    if interface is None or interface() != INTERFACE:
+        raise UserError(f"{path}: built from other sources than this package; {mend}")
+    if device == "cpu":
+        _check_instruction_set()
     return True
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF file has all its sections: mapping a truncated one kills the process."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    if not content.startswith(b"\x7fELF"):
+        return sys.platform != "linux" and bool(content)
+    start, size, count = (
+        int.from_bytes(content[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62))
+    )
+    return len(content) >= 64 and start + size * count <= len(content)
+
+
+def _check_instruction_set() -> None:
+    asked = os.environ.get("SLT_CPU_ISA", "")
+    if asked and asked not in ISAS:
+        raise UserError(f"SLT_CPU_ISA={asked}: must be one of {', '.join(ISAS)}")
+    try:
+        torch.ops.sltrain_dist.cpu_capability()
+    except ValueError:
+        raise UserError(f"SLT_CPU_ISA={asked}: this CPU does not have it; unset it") from None
+
+
 if __name__ == "__main__":
-    print(f"kernels: {' '.join(loaded()) or 'none'} (CPU: {cpu_capability()})")
+    try:
+        print(f"kernels: {' '.join(loaded()) or 'none'} (CPU: {cpu_capability()})")
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
 """In which format products are computed: bfloat16 on a CPU without matrix units widens to float32.
 
 Measured on an AVX2 machine, 1024 tokens, 512 -> 1376: dy @ W takes 8 ms in float32 and 1.7 s in
-bfloat16, and widening both ways adds a few per cent. Results are rounded to bfloat16 once, at the end.
+bfloat16, and widening both ways adds a few per cent. Results are rounded to bfloat16 once, at the end. CPUs with bfloat16 units use those, and round every product.
 """
 
 import functools

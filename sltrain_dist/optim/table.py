@@ -95,7 +95,9 @@ def optimizer_row(name: str) -> Row:
         return _apex_row(name)
     if name in _LATER:
         raise UserError(f"--optimizer {name}: not in this version; use --optimizer adamw")
-    raise UserError(f"--optimizer {name}: unknown; optimizers are {', '.join(OPTIMIZERS)}")
+    raise UserError(
+        f"--optimizer {name}: unknown; optimizers are {', '.join((*OPTIMIZERS, *_APEX))}"
+    )
 
 
 def _apex_row(name: str) -> Row:

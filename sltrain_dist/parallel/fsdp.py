@@ -6,6 +6,7 @@ memory with the shards, never DTensors, so any element-wise torch optimizer work
 """
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -186,6 +187,8 @@ def _shard(model: nn.Module, mesh: Mesh, half: bool) -> nn.Module:
         reduce_dtype=torch.float32 if half else None,
         cast_forward_inputs=False,
     )
+    # Compiled blocks return views; nothing here writes into a block's output in place.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     blocks = getattr(model, "blocks", ())
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh.device_mesh, mp_policy=policy)

@@ -85,6 +85,8 @@ class Situation:
         if self.device.type == "cpu":
             where += f", {torch.get_num_threads()} threads"
         loaded = "+".join(kernels.loaded()) or "reference"
+        if self.device.type == "cpu" and "cpu" in kernels.loaded():
+            loaded += f" {kernels.cpu_capability()}"
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{where}, kernels {loaded}, {dtype}, {self.tokens} tokens, h {'kept' if self.keeps else 'again'}"
 
@@ -137,6 +139,8 @@ def _is_hopeless(key: LinearKey, situation: Situation) -> bool:
     """
     if situation.device.type != "cuda":
         return False
+    if kernels.reference_only():
+        return True
     support = key.support
     blocks = support.kind == "block" and support.tiles.block in BLOCKS
     return not blocks or find_spec("triton") is None

@@ -94,11 +94,17 @@ class Support:
             )
         length = out_blocks if transposed else in_blocks
         choice = windows(length, density)
+        if not choice and block > 1 and length < 2:
+            raise UserError(
+                f"--block_size {block}: a {shape[0]} x {shape[1]} matrix has a single such block along a dimension;"
+                " take a smaller one"
+            )
         if not choice:
             near = nearest_density(length, density)
             raise UserError(
                 f"--sp_ratio {density}: support {kind} cannot reach it on a {shape[0]} x {shape[1]} matrix; "
                 f"the nearest density that fits is {near:.4g}"
+                + (f", or take a --block_size below {block}" if block > 1 else "")
             )
         w, k = choice[0]
         tile = (w * block, block) if transposed else (block, w * block)

@@ -22,6 +22,7 @@ from sltrain_dist.config import TrainConfig
 from sltrain_dist.data import Data, open_data, prepare_data
 from sltrain_dist.model.backends import resolve_attention, resolve_norm
 from sltrain_dist.model.llama import Llama
+from sltrain_dist.ops import kernels
 from sltrain_dist.optim.table import OptimizerFactory, assert_live
 from sltrain_dist.parallel.engine import Engine, build_engine
 from sltrain_dist.parallel.mesh import Mesh, gather_objects, gather_patiently
@@ -58,15 +59,19 @@ class Run:
     lock: object = None  # held until the process ends: no second run writes in the folder
 
 
-def on_first(mesh: Mesh, action: Callable[[], T]) -> T:
-    """Run ``action`` on the first rank and give its (picklable) result, or its UserError, to all ranks."""
+def on_first(mesh: Mesh, action: Callable[[], T], patient: bool = False) -> T:
+    """Run ``action`` on the first rank and give its (picklable) result, or its UserError, to all ranks.
+
+    patient: it may take longer than a collective.
+    """
     outcome: tuple[Any, str | None] = (None, None)
     if mesh.is_first:
         try:
             outcome = (action(), None)
         except UserError as error:
             outcome = (None, str(error))
-    result, problem = gather_objects(mesh, outcome)[0]
+    gather = gather_patiently if patient else gather_objects
+    result, problem = gather(mesh, outcome)[0]
     if problem is not None:
         raise UserError(problem)
     value: T = result
@@ -93,7 +98,8 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     blank = make_model(config, attention, norm, device="meta", dtype=torch.float32)
     parameters = count_parameters(blank)
     baseline = peak_memory(mesh)
-    paths = on_first(mesh, lambda: decide(config, blank, mesh.device, found.folder))
+    _check_kernels(mesh)
+    paths = on_first(mesh, lambda: decide(config, blank, mesh.device, found.folder), patient=True)
     factory = partial(make_model, config, attention, norm, paths)
     _seed(config.engine.seed, mesh.dp_rank)
     optimizer = OptimizerFactory(config.optimizer)
@@ -200,6 +206,21 @@ def _open_data(config: TrainConfig, mesh: Mesh) -> Data:
             "a --cache_dir or (for stdlib) a Python that all nodes share"
         )
     return data
+
+
+def _check_kernels(mesh: Mesh) -> None:
+    """Refuse ranks without the kernels that others have: all would wait for the slow ones.
+
+    Raises:
+        UserError: naming the first rank that has others than rank 0.
+    """
+    everyone = gather_objects(mesh, kernels.loaded())
+    for rank, loaded in enumerate(everyone):
+        if loaded != everyone[0]:
+            raise UserError(
+                f"rank {rank} has compiled kernels {'+'.join(loaded) or 'none'}, rank 0 "
+                f"{'+'.join(everyone[0]) or 'none'}; build them on all nodes, or set SLT_KERNELS=reference"
+            )
 
 
 def _seed(seed: int, dp_rank: int) -> None:

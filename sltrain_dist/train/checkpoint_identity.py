@@ -165,15 +165,33 @@ def changes(
         if name in saved.get(part, {}) and saved[part][name] != here[part][name]
     ]
     lines = [f"changed since the checkpoint: {', '.join(found)}"] if found else []
-    before = document.get("linear_paths", {})
-    other = [key for key, path in linear_paths.items() if before.get(key, path) != path]
-    if other:
-        old, new = before[other[0]], linear_paths[other[0]]
-        lines.append(
-            f"--linear_path {new}: {len(other)} of {len(linear_paths)} shapes of linears were {old} in the "
-            "checkpoint; the same mathematics, not bit-exact"
-        )
+    if linear_paths:
+        lines += _changed_paths(document.get("linear_paths"), linear_paths)
     return lines
+
+
+def _changed_paths(before: Mapping[str, str] | None, now: Mapping[str, str]) -> list[str]:
+    """At most one line: linears that are computed otherwise than before, or were chosen for another situation."""
+    note = "the same mathematics, not bit-exact"
+    if before is None:  # a checkpoint older than the choice: all were composed
+        count = sum(path != "composed" for path in now.values())
+        return (
+            [f"{count} of {len(now)} shapes of linears were composed in the checkpoint; {note}"]
+            if count
+            else []
+        )
+    other = [key for key, path in now.items() if before.get(key, path) != path]
+    if other:
+        old, new = before[other[0]], now[other[0]]
+        return [
+            f"--linear_path {new}: {len(other)} of {len(now)} shapes of linears were {old} in the checkpoint; {note}"
+        ]
+    if moved := [key for key in now if key not in before]:
+        old = next(iter(before), "none")
+        return [
+            f"paths of linears chosen anew: now for {moved[0]!r}, in the checkpoint for {old!r}; {note}"
+        ]
+    return []
 
 
 def check_configuration(document: dict[str, Any], config: TrainConfig, folder: Path) -> None:

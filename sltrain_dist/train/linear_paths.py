@@ -42,11 +42,7 @@ class LinearPaths:
     chosen: Mapping[str, linear.Path]
     sources: Mapping[str, Source]
     keep_hidden: bool | None = None
-
-    @property
-    def keeps_hidden(self) -> bool:
-        """Whether factorized linears keep h = x A^T: r numbers a token each."""
-        return self.situation.endswith("h kept")
+    keeps_hidden: bool = False  # what comes of it on the device: r numbers a token each
 
     def apply(self, model: nn.Module) -> None:
         """Write it into the model's modules."""
@@ -54,13 +50,15 @@ class LinearPaths:
             paths.assign(model, self.situation, self.chosen, self.keep_hidden)
 
     def describe(self, model: nn.Module) -> str:
-        """For the summary: "28 factorized, 14 composed (3 shapes timed, 0 cached)"; "" without linears."""
+        """For the summary: "28 factorized, 14 composed, x A^T kept (of the shapes 3 timed, 0 cached)"; "" without linears."""
         counts = Counter(module.path for module in paths.linears(model))
         text = ", ".join(f"{count} {path}" for path, count in sorted(counts.items())[::-1])
+        if counts["factorized"]:
+            text += ", x A^T kept" if self.keeps_hidden else ", x A^T computed again"
         found = Counter(self.sources.values())
         if not text or "pinned" in found:
             return text and f"{text} (pinned)"
-        notes = f"{found['timed']} shapes timed, {found['cached']} cached"
+        notes = f"of the shapes {found['timed']} timed, {found['cached']} cached"
         notes += f", {found['predicted']} clear without" if found["predicted"] else ""
         notes += f", {found['checkpoint']} as in the checkpoint" if found["checkpoint"] else ""
         return f"{text} ({notes})"
@@ -82,7 +80,7 @@ def decide(
     if config.linear_path != "auto":
         pinned: dict[str, Source] = dict.fromkeys(keys, "pinned")
         all_one = dict.fromkeys(keys, config.linear_path)
-        return LinearPaths(situation.text, all_one, pinned, keep_hidden)
+        return LinearPaths(situation.text, all_one, pinned, keep_hidden, situation.keeps)
     if not keys:
         return LinearPaths("", {}, {})
     saved = saved_linear_paths(checkpoint) if checkpoint is not None else {}
@@ -98,10 +96,14 @@ def decide(
             chosen[text], sources[text] = paths.settled(key, situation), "predicted"
     open_ = {text: key for text, key in keys.items() if text not in chosen}
     for text, key in open_.items():
-        seconds = paths.measure(key, situation, paths.budget(len(open_)))
+        try:
+            seconds = paths.measure(key, situation, paths.budget(len(open_)))
+        except torch.OutOfMemoryError:
+            chosen[text], sources[text] = paths.settled(key, situation), "predicted"
+            continue
         chosen[text], sources[text] = paths.faster(seconds), "timed"
         cache.add(text, seconds)
-    return LinearPaths(situation.text, chosen, sources, keep_hidden)
+    return LinearPaths(situation.text, chosen, sources, keep_hidden, situation.keeps)
 
 
 class PathCache:

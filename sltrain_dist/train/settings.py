@@ -284,6 +284,13 @@ def _check_linear_path(settings: dict[str, Any]) -> None:
             f"--linear_path {settings['linear_path']}: --method {settings['method']} has no choice of path; "
             "leave it out, or train with --method sltrain"
         )
+    if settings["keep_hidden"] != "auto" and (
+        settings["method"] != "sltrain" or settings["linear_path"] == "composed"
+    ):
+        raise UserError(
+            f"--keep_hidden {settings['keep_hidden']}: only factorized linears of --method sltrain have x A^T to "
+            "keep; leave it out, or take --linear_path factorized"
+        )
 
 
 def _build(

@@ -7,7 +7,7 @@ The estimate adds up, per rank, with P trained elements, n ranks, w bytes a weig
     indices     1 or 4 bytes per entry of S, over n under ZeRO-3 and FSDP2
     activations per token and layer what autograd keeps, 7 D + 3 F + D KV/H elements (D alone under
                 checkpointing, and one layer whole), 7 r where h is kept, and, where a linear is composed, W of the
-                largest one, twice
+                largest one, twice, else the workspace of the largest factorized one
     loss        fp32 logits of one chunk and the gradients of head and hidden states
 """
 
@@ -19,6 +19,7 @@ import torch
 
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.model.flops import model_flops_per_token
+from sltrain_dist.ops import factorized
 from sltrain_dist.optim.table import describe
 from sltrain_dist.parallel.mesh import Mesh, max_over_ranks
 from sltrain_dist.train.linear_paths import LinearPaths
@@ -64,6 +65,12 @@ def estimate_memory(
         activations = tokens * layer * layers
     if "composed" in paths.chosen.values():
         activations += 2 * hidden * ff * width
+    elif "factorized" in paths.chosen.values():
+        entries, threads = int(config.method.density * hidden * ff), torch.get_num_threads()
+        rank = config.method.rank
+        activations += factorized.workspace_bytes(ff, hidden, entries, rank, tokens, threads)[
+            "backward"
+        ]
     chunk = min(tokens, _LOSS_CHUNK)
     loss = 2 * 4 * chunk * model.padded_vocab_size + 4 * model.padded_vocab_size * hidden
 
@@ -138,7 +145,7 @@ def print_summary(run: "Run", attention: str, norm: str) -> None:
         "optimizer": _optimizer(run),
         "engine": f"{run.engine.name} on {run.mesh.world_size} x {run.mesh.device.type}, {_formats(config)}",
         "linear paths": run.linear_paths.describe(run.engine.module),
-        "back ends": f"attention {attention}, norm {norm}, tracker {run.tracker.description}",
+        "back ends": f"attention {attention}, norm {norm}, compile {config.compile}, tracker {run.tracker.description}",
         "batch": f"{config.total_batch_size} sequences x {config.data.sequence_length} tokens = "
         f"{engine.batch_size} x {run.mesh.dp_size} ranks x {engine.gradient_accumulation} micro-batches",
         "training": f"{left:,} updates, {left * config.tokens_per_update:,} tokens planned",

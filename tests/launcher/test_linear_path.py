@@ -37,7 +37,7 @@ def test_auto_is_said_stored_cached_and_reused(bare, inputs, tmp_path, capsys, d
     assert all("128 tokens" in key for key in chosen)
     expected = losses(run)
     assert bare(flags(inputs, tmp_path / "again", **options)) == 0
-    assert " 0 shapes timed" in row(capsys.readouterr().out).replace("(", " ")
+    assert "of the shapes 0 timed" in row(capsys.readouterr().out)
     # Where the cache has learnt otherwise since, the checkpoint's choice is what trains on.
     cache = json.loads((tmp_path / "cache" / "linear_paths.json").read_text())
     for seconds in cache["seconds"].values():
@@ -62,20 +62,20 @@ def test_pinned_wins_over_the_checkpoint_with_one_line(bare, inputs, tmp_path, c
     line = flags(inputs, run, linear_path="factorized", continue_from="auto", **SHORT)
     assert bare(line) == 0
     output = capsys.readouterr().out
-    assert row(output) == "14 factorized (pinned)"
+    assert row(output) == "14 factorized, x A^T kept (pinned)"
     assert output.count("--linear_path factorized: 3 of 3 shapes of linears were composed") == 1
     assert losses(run) == pytest.approx(expected, abs=1e-4)
     # auto goes on with what the checkpoint was pinned to
     back_to(tmp_path / "copy", 2, 4)
     assert bare(flags(inputs, tmp_path / "copy", continue_from="auto", **SHORT)) == 0
-    assert row(capsys.readouterr().out).startswith("14 composed (0 shapes timed")
+    assert row(capsys.readouterr().out).startswith("14 composed (of the shapes 0 timed")
     assert losses(tmp_path / "copy") == expected
 
 
 def test_transformers_model_has_the_same_linears(bare, inputs, tmp_path, capsys):
     line = flags(inputs, tmp_path / "run", **(SHORT | {"linear_path": "factorized"}))
     assert bare([*line, "--use_hf_model"]) == 0
-    assert row(capsys.readouterr().out) == "14 factorized (pinned)"
+    assert row(capsys.readouterr().out) == "14 factorized, x A^T kept (pinned)"
 
 
 def test_two_ranks_of_zero_take_the_first_ones_choice(inputs, tmp_path):

@@ -1,6 +1,7 @@
 """Finding and loading compiled kernels: each case in a process of its own, since a library stays once it is loaded."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -62,12 +63,48 @@ def test_library_for_another_torch(tmp_path, name):
     assert "pip install -e ." in line
 
 
-def test_library_that_does_not_load(tmp_path):
-    (tmp_path / f"_kernels_cpu.torch{MINOR}.so").write_bytes(b"no library")
+@pytest.mark.parametrize("content", [b"", b"no library", b"\x7fELF" + bytes(50)])
+def test_damaged_library(tmp_path, content):
+    (tmp_path / f"_kernels_cpu.torch{MINOR}.so").write_bytes(content)
     line = run(CATCH, SLT_KERNELS_DIR=str(tmp_path))
     assert "\n" not in line
-    assert "does not load" in line
+    assert "damaged" in line
     assert "SLT_BUILD=cpu pip install -e ." in line
+
+
+@compiled
+def test_truncated_library(tmp_path):
+    """A full disk leaves one: mapping it would end the process with SIGBUS and no word."""
+    whole = kernels.library("cpu").read_bytes()
+    target = tmp_path / f"_kernels_cpu.torch{MINOR}.so"
+    for size in (100, len(whole) // 2, len(whole) - 1):
+        target.write_bytes(whole[:size])
+        assert "damaged" in run(CATCH, SLT_KERNELS_DIR=str(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes one of Python's own shared libraries")
+def test_foreign_library(tmp_path):
+    """It loads, but holds nothing of ours: training on the reference would be a silent fallback."""
+    import _json
+
+    if not getattr(_json, "__file__", None):
+        pytest.skip("Python was linked statically")
+    shutil.copy(_json.__file__, tmp_path / f"_kernels_cpu.torch{MINOR}.so")
+    line = run(CATCH, SLT_KERNELS_DIR=str(tmp_path))
+    assert "\n" not in line
+    assert "other sources" in line or "does not load" in line
+
+
+@compiled
+def test_instruction_set_is_checked_at_once():
+    line = run(CATCH, SLT_CPU_ISA="AVX2")
+    assert line == "SLT_CPU_ISA=AVX2: must be one of portable, avx2, avx512"
+    done = subprocess.run(
+        [sys.executable, "-m", "sltrain_dist.ops.kernels"],
+        env={**os.environ, "SLT_CPU_ISA": "mmx"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: SLT_CPU_ISA=mmx: must be one of portable, avx2, avx512"
 
 
 def test_compiled_was_asked_for_and_is_missing(tmp_path):

@@ -68,16 +68,18 @@ def test_gradcheck(kind, scaling, path):
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
 
 
-@pytest.mark.parametrize("scaling", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_opcheck(kind, scaling, path):
-    support, offsets, leaves = problem(kind, out=8, in_=16, rank=2, scaling=scaling)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "scaling"), [(KINDS[0], True), (KINDS[1], False), (KINDS[2], True), (KINDS[3], False)]
+)
+def test_opcheck(kind, scaling, dtype, path):
+    support, offsets, leaves = problem(kind, out=8, in_=16, rank=2, scaling=scaling, dtype=dtype)
     tiles = support.tiles
     arguments = (*(leaves[name] for name in ("x", "b", "a", "values")), offsets)
     constants = (0.5, tiles.tile_out, tiles.tile_in, tiles.block)
     scale = leaves.get("scaling")
     plain = tuple(tensor.detach() for tensor in arguments)
-    dy = torch.randn(3, 7, 8, dtype=torch.float64)
+    dy = torch.randn(3, 7, 8, dtype=dtype)
     frozen = None if scale is None else scale.detach()
     needs = [True, True, True, True, scaling]
     forward = (*arguments, leaves["bias"], scale, *constants)
@@ -88,7 +90,7 @@ def test_opcheck(kind, scaling, path):
         return
     for keep_hidden in (False, True):
         torch.library.opcheck(factorized.factorized_linear, (*forward, keep_hidden))
-        hidden = torch.randn(21, 2, dtype=torch.float64) if keep_hidden else None
+        hidden = torch.randn(21, 2, dtype=dtype) if keep_hidden else None
         backward = (dy, *plain, hidden, frozen, *constants, needs)
         torch.library.opcheck(factorized.factorized_linear_backward, backward)
 

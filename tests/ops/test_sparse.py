@@ -117,7 +117,7 @@ def test_kernels_are_what_runs():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_equals_the_reference(kind, dtype):
-    """Compiled against reference through the whole operator, over more tokens than one chunk."""
+    """The fused operator against its Python body over the same parts, over more tokens than one chunk."""
     leaves, offsets, tiles, _ = case(kind, dtype, tokens=700)
     parts = [leaves[name] for name in ("x", "b", "a", "values")]
     arguments = (*parts, offsets, leaves["bias"], None, 0.3, *tiles, True)

@@ -16,6 +16,7 @@ from sltrain_dist.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from sltrain_dist.ops.factorized import workspace_bytes
 from sltrain_dist.params import make_linear, paths
 from sltrain_dist.train import linear_paths
 from sltrain_dist.train.build import make_model
@@ -75,9 +76,9 @@ def test_summary_line(clock, tmp_path):
     built = model()
     first = decide(config(tmp_path), built, CPU, None)
     first.apply(built)
-    assert first.describe(built) == "3 factorized (2 shapes timed, 0 cached)"
+    assert first.describe(built) == "3 factorized, x A^T kept (of the shapes 2 timed, 0 cached)"
     built[1].path = "composed"
-    assert first.describe(built).startswith("2 factorized, 1 composed (")
+    assert first.describe(built).startswith("2 factorized, 1 composed, x A^T kept (")
     pinned = decide(config(tmp_path, linear_path="composed"), built, CPU, None)
     pinned.apply(built)
     assert pinned.describe(built) == "3 composed (pinned)"
@@ -183,7 +184,7 @@ def test_what_the_cost_model_settles_is_not_timed(clock, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "is_close", lambda key, situation: key.support.shape == (64, 96))
     chosen = decide(config(tmp_path), model(), CPU, None)
     assert sorted(chosen.sources.values()) == ["predicted", "timed"]
-    assert "1 shapes timed, 0 cached, 1 clear without" in chosen.describe(model())
+    assert "of the shapes 1 timed, 0 cached, 1 clear without" in chosen.describe(model())
 
 
 @pytest.mark.parametrize("hf", [False, True])
@@ -208,8 +209,12 @@ def test_memory_of_w_is_counted_where_w_is_built_and_of_h_where_it_is_kept(tmp_p
         return estimate_memory(pinned, counts, 1, chosen)["activations"]
 
     lean = activations("factorized", "no")
-    assert activations("composed", "yes") - lean == 2 * 64 * 176 * 4
     tokens, layers = 32, 1
+    entries = int(METHOD.density * 64 * 176)
+    workspace = workspace_bytes(176, 64, entries, METHOD.rank, tokens, torch.get_num_threads())[
+        "backward"
+    ]
+    assert activations("composed", "auto") - lean == 2 * 64 * 176 * 4 - workspace
     assert activations("factorized", "yes") - lean == tokens * layers * 7 * METHOD.rank * 4
     assert activations("factorized", "auto") == activations("factorized", "yes"), "on a CPU"
 
@@ -226,7 +231,13 @@ def test_keep_hidden_reaches_the_linears(tmp_path, flag, kept):
 def test_changes_are_said_in_one_line(tmp_path):
     before = config(tmp_path)
     document = {"config": json.loads(json.dumps(before.to_json())), "linear_paths": {"a": "composed"}}  # fmt: skip
-    assert changes(document, before, {"a": "composed", "b": "factorized"}) == []
+    assert changes(document, before, {"a": "composed"}) == []
+    (line,) = changes(document, before, {"a": "composed", "b": "factorized"})
+    assert "chosen anew: now for 'b', in the checkpoint for 'a'" in line
+    old = {key: value for key, value in document.items() if key != "linear_paths"}
+    assert changes(old, before, {"a": "composed"}) == []
+    (line,) = changes(old, before, {"a": "composed", "b": "factorized"})
+    assert line.startswith("1 of 2 shapes of linears were composed in the checkpoint")
     after = dataclasses.replace(
         before,
         optimizer=OptimizerConfig(lr=1e-4, scheduler="linear", weight_decay=0.1),

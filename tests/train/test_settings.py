@@ -305,3 +305,11 @@ def test_linear_path():
         with pytest.raises(UserError, match=f"--linear_path composed: --method {method}") as error:
             config(f"--method {method} --linear_path composed")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["--method full", "--method low_rank", "--linear_path composed"])
+def test_keep_hidden_needs_factorized_linears(line):
+    assert config("--keep_hidden no").keep_hidden == "no"
+    assert config(f"{line} --keep_hidden auto").keep_hidden == "auto"
+    with pytest.raises(UserError, match=r"--keep_hidden yes: only factorized linears"):
+        config(f"{line} --keep_hidden yes")
