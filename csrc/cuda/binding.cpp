@@ -6,6 +6,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <type_traits>
+
+#include "../cpu/operators.h"
 #include "support.h"
 
 namespace {
@@ -83,7 +86,7 @@ sltrain_cuda::Layout check(const char* name, const Tensor& matrix, int64_t start
                                      matrix.size(0), values.numel());
 }
 
-void add_support(at::Tensor& w, const Tensor& values, const Tensor& offsets, int64_t tile_out,
+void add_support(const at::Tensor& w, const Tensor& values, const Tensor& offsets, int64_t tile_out,
                  int64_t tile_in, int64_t block) {
     const sltrain_cuda::DType dtype = dtype_of(w, "w");
     const sltrain_cuda::OffsetType offset_type = offset_type_of(offsets);
@@ -97,8 +100,8 @@ void add_support(at::Tensor& w, const Tensor& values, const Tensor& offsets, int
         offsets.const_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
 }
 
-void gather_support(const Tensor& panel, int64_t start, at::Tensor& dvalues, const Tensor& offsets,
-                    int64_t tile_out, int64_t tile_in, int64_t block) {
+void gather_support(const Tensor& panel, int64_t start, const at::Tensor& dvalues,
+                    const Tensor& offsets, int64_t tile_out, int64_t tile_in, int64_t block) {
     const sltrain_cuda::DType dtype = dtype_of(panel, "panel");
     const sltrain_cuda::OffsetType offset_type = offset_type_of(offsets);
     const sltrain_cuda::Layout layout =
@@ -108,6 +111,10 @@ void gather_support(const Tensor& panel, int64_t start, at::Tensor& dvalues, con
         &layout, dtype, offset_type, panel.const_data_ptr(), dvalues.data_ptr(),
         offsets.const_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
 }
+
+// torch aborts the process where two devices register one operator with other C++ types.
+static_assert(std::is_same_v<decltype(&add_support), decltype(&sltrain::add_support)>);
+static_assert(std::is_same_v<decltype(&gather_support), decltype(&sltrain::gather_support)>);
 
 }  // namespace
 
