@@ -64,7 +64,7 @@ def test_no_compiler(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not libraries(tmp_path)
     line = "sltrain_dist: no kernels, no C++ compiler: the Python reference takes their place"
-    assert done.stdout.splitlines() == [line]
+    assert done.stdout.splitlines()[0] == line  # libraries built before are named after it
     for asked in ("cpu", "cuda"):
         done = build(tmp_path, SLT_BUILD=asked, **environment)
         assert done.returncode != 0
@@ -123,7 +123,8 @@ def test_isolated_build_sees_the_targets_torch():
         "print(torch_version(target_path()))"
     )
     done = run(sys.executable, "-c", block, PYTHONPATH="/nowhere", PYTHONNOUSERSITE="1")
-    assert done.stdout.strip() == torch.__version__, done.stderr
+    version = done.stdout.strip().split("+")[0]  # the package index leaves "+cu130" out
+    assert version == torch.__version__.split("+")[0], done.stderr
 
 
 def test_source_archive_holds_the_sources(tree, tmp_path):

@@ -48,8 +48,8 @@ def test_reference_loads_nothing_even_a_broken_library(tmp_path):
 
 @compiled
 def test_loads_what_was_built():
-    name, capability = run(PRINT, SLT_KERNELS="auto").split()
-    assert name == "cpu"
+    *names, capability = run(PRINT, SLT_KERNELS="auto").split()
+    assert "cpu" in names
     assert capability != "reference"
 
 
