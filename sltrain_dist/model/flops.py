@@ -6,11 +6,11 @@ traffic. Per linear with out x in weights, rank r, density d, n tokens per pass 
     full                  forward 2 out in                          both  6 out in
     low_rank              forward 2 r (out + in)                    both  6 r (out + in)
     sltrain, composed     forward 2 out in + 2 r out in / n         both  6 out in + 8 r out in / n
-    sltrain, factorized   forward 2 r (out + in) + 2 d out in       both  6 r (out + in) + 6 d out in + 2 r in
+    sltrain, factorized   forward 2 r (out + in) + 2 d out in       both  6 r (out + in) + 6 d out in [+ 2 r in]
     sltrain, needed       forward 2 r (out + in) + 2 d out in       both  6 r (out + in) + 6 d out in
 
 (composed builds W = B A + S once per forward and again in backward, and forms dB and dA from dW;
-factorized computes x A^T again in backward; needed is what no implementation can do without).
+factorized counts x A^T again in backward, as it is where it is not kept; needed is what no implementation can do without).
 Attention adds 4 T H Dh in forward and twice that in backward for T tokens per sample; kernels that
 recompute the scores in backward do 2 T H Dh more, which is not counted. The head adds 6 D V.
 """

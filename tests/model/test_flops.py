@@ -83,7 +83,7 @@ def test_factorized_equals_what_torch_counts(monkeypatch: pytest.MonkeyPatch) ->
     model = filled(SMALL, method)
     assert {linear.support.density for linear in linears(model)} == {1 / 16}
     for linear in linears(model):
-        linear.path = "factorized"
+        linear.path, linear.keep_hidden = "factorized", False
     tokens, labels = batch(SMALL)
     predicted = flops_per_token(
         SMALL, method, tokens.shape[1], tokens=tokens.numel(), path="factorized"
