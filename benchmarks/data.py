@@ -22,7 +22,7 @@ from step import Trainer
 
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.data import open_data, prepare_data
-from sltrain_dist.train.loop import _on_device
+from sltrain_dist.train.loop import on_device
 from sltrain_dist.train.settings import resolve
 
 
@@ -48,10 +48,10 @@ def batches(config: TrainConfig) -> Iterator[list[Any]]:
 def delivered(config: TrainConfig, device: str, seconds: float) -> float:
     """Tokens/s of the loader alone."""
     updates, count = batches(config), 0
-    _on_device(next(updates), torch.device(device))  # processes start here
+    on_device(next(updates), torch.device(device))  # processes start here
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or count < 3:
-        _on_device(next(updates), torch.device(device))
+        on_device(next(updates), torch.device(device))
         count += 1
     wait(device)
     tokens = config.engine.batch_size * config.data.sequence_length
@@ -65,7 +65,7 @@ def trained(trainer: Trainer, config: TrainConfig, steps: int) -> tuple[list[flo
     for number in range(steps + 2):
         wait(device)
         began = time.perf_counter()
-        ((trainer.tokens, trainer.labels),) = _on_device(next(updates), torch.device(device))
+        ((trainer.tokens, trainer.labels),) = on_device(next(updates), torch.device(device))
         waited = time.perf_counter() - began
         trainer.step()
         wait(device)

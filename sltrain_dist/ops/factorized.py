@@ -29,33 +29,6 @@ from sltrain_dist.ops.sparse import sparse_backward, sparse_forward
 from sltrain_dist.ops.tiles import Tiles, matrix_shape
 
 
-@torch.library.custom_op("sltrain_dist::factorized_linear", mutates_args=())
-def factorized_linear(
-    x: Tensor,
-    b: Tensor | None,
-    a: Tensor | None,
-    values: Tensor,
-    offsets: Tensor,
-    bias: Tensor | None,
-    scaling: Tensor | None,
-    scale: float,
-    tile_out: int,
-    tile_in: int,
-    block: int,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:
-    """y = s * (x A^T) B^T + x S^T + bias. Arguments as ``composed_linear``, and
-
-    keep_hidden: return h = x A^T too, so that backward need not compute it again.
-
-    Returns:
-        y [..., out], and h [n, r] or an empty tensor; in the dtype of x.
-    """
-    return factorized_reference(
-        x, b, a, values, offsets, bias, scaling, scale, tile_out, tile_in, block, keep_hidden
-    )
-
-
 def factorized_reference(
     x: Tensor,
     b: Tensor | None,
@@ -70,7 +43,13 @@ def factorized_reference(
     block: int,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``factorized_linear`` from matrix products and ``sparse_forward``; runs on every device."""
+    """y = s * (x A^T) B^T + x S^T + bias, on every device. Arguments as ``composed_linear``, and
+
+    keep_hidden: return h = x A^T too, so that backward need not compute it again.
+
+    Returns:
+        y [..., out], and h [n, r] or an empty tensor; in the dtype of x.
+    """
     out_features, in_features = matrix_shape(values, Tiles(tile_out, tile_in, block))
     dtype = compute_dtype(x)
     wide_x, b, a, values, bias = widened(dtype, x, b, a, values, bias)
@@ -93,8 +72,12 @@ def factorized_reference(
     return narrow.view(*x.shape[:-1], out_features), hidden
 
 
-@factorized_linear.register_fake
-def _(
+factorized_linear: Any = torch.library.custom_op(
+    "sltrain_dist::factorized_linear", factorized_reference, mutates_args=()
+)
+
+
+def _fake(
     x: Tensor,
     b: Tensor | None,
     a: Tensor | None,
@@ -115,8 +98,10 @@ def _(
     return y, x.new_empty((y.numel() // out_features, a.shape[0]))
 
 
-@torch.library.custom_op("sltrain_dist::factorized_linear_backward", mutates_args=())
-def factorized_linear_backward(
+factorized_linear.register_fake(_fake)
+
+
+def factorized_backward_reference(
     dy: Tensor,
     x: Tensor,
     b: Tensor | None,
@@ -135,27 +120,6 @@ def factorized_linear_backward(
 
     hidden: h [n, r] as forward returned it, or None: then it is computed again.
     """
-    return factorized_backward_reference(
-        dy, x, b, a, values, offsets, hidden, scaling, scale, tile_out, tile_in, block, needs
-    )
-
-
-def factorized_backward_reference(
-    dy: Tensor,
-    x: Tensor,
-    b: Tensor | None,
-    a: Tensor | None,
-    values: Tensor,
-    offsets: Tensor,
-    hidden: Tensor | None,
-    scaling: Tensor | None,
-    scale: float,
-    tile_out: int,
-    tile_in: int,
-    block: int,
-    needs: list[bool],
-) -> list[Tensor]:
-    """``factorized_linear_backward`` from matrix products and ``sparse_backward``; on every device."""
     out_features, in_features = matrix_shape(values, Tiles(tile_out, tile_in, block))
     narrow, shape = x.dtype, x.shape
     dy, x, b, a, values = widened(compute_dtype(x), dy, x, b, a, values)
@@ -186,23 +150,19 @@ def factorized_backward_reference(
     return [*(grad.to(narrow) for grad in (dx, db, da, dvalues)), ds]
 
 
-@factorized_linear_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    b: Tensor | None,
-    a: Tensor | None,
-    values: Tensor,
-    offsets: Tensor,
-    hidden: Tensor | None,
-    scaling: Tensor | None,
-    scale: float,
-    tile_out: int,
-    tile_in: int,
-    block: int,
-    needs: list[bool],
+factorized_linear_backward: Any = torch.library.custom_op(
+    "sltrain_dist::factorized_linear_backward", factorized_backward_reference, mutates_args=()
+)
+
+
+def _fake_gradients(
+    dy: Tensor, x: Tensor, b: Any, a: Any, values: Tensor, *rest: Any
 ) -> list[Tensor]:
+    _, _, scaling, *_, needs = rest
     return empty_gradients((x, b, a, values, scaling), needs)
+
+
+factorized_linear_backward.register_fake(_fake_gradients)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

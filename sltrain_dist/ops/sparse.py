@@ -49,17 +49,7 @@ def sparse_forward(
         y[:, rows] += x @ s.t()
 
 
-@sparse_forward.register_fake
-def _(
-    x: Tensor,
-    y: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    tile_out: int,
-    tile_in: int,
-    block: int,
-) -> None:
-    return None
+sparse_forward.register_fake(lambda *_: None)
 
 
 @torch.library.custom_op("sltrain_dist::sparse_backward", mutates_args=("dx",))

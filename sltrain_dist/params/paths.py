@@ -172,9 +172,10 @@ def predict(key: LinearKey, situation: Situation, tokens: int | None = None) -> 
                     + 6 n (out + in) z / bandwidth
 
     each with 20 launches; z is the bytes of an element as computed. W is written and read twice and
-    dW once, and an entry of S costs half a cache line wherever it is scattered or gathered. The
-    term in brackets is h computed again. The factorized path moves activations in and out of every product. Without a sparse kernel S is a
-    dense matrix: 6 n out in in place of 6 n e. With r = 0 (dropout) both lose their factors.
+    dW once, and an entry of S costs half a cache line wherever it is scattered or gathered. The term
+    in brackets is h computed again. The factorized path moves activations in and out of every
+    product. Without a sparse kernel S is a dense matrix: 6 n out in in place of 6 n e. With r = 0
+    (dropout) both lose their factors.
     """
     n = situation.tokens if tokens is None else tokens
     rates = device_rates(situation, key)

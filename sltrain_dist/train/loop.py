@@ -83,7 +83,7 @@ def update(run: Run, micro_batches: list[Batch], lr: float) -> tuple[float, int,
     else:
         weights = valid.clamp(min=1).expand(len(micro_batches))
     total: Tensor = torch.zeros((), device=mesh.device)
-    for number, (tokens, labels) in enumerate(_on_device(micro_batches, mesh.device)):
+    for number, (tokens, labels) in enumerate(on_device(micro_batches, mesh.device)):
         share = engine.module(tokens, labels) / weights[number]
         engine.accumulate(share, last=number == len(micro_batches) - 1)
         total += share.detach()
@@ -91,7 +91,7 @@ def update(run: Run, micro_batches: list[Batch], lr: float) -> tuple[float, int,
     return float(sum_over_ranks(mesh, total)), int(valid), norm
 
 
-def _on_device(micro_batches: list[Batch], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def on_device(micro_batches: list[Batch], device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """(tokens, labels) of every micro-batch on the device, moved in two copies that block nobody."""
     moved = []
     for key in ("tokens", "labels"):
