@@ -64,9 +64,11 @@ class Engine(Protocol):
 
     name: "fsdp" or "zero-<stage>". module: call ``module(tokens, labels)``.
     optimizer: the live torch optimizer, for the summary and its check.
+    copies_state: whether `state` gives copies in host memory, not the live tensors.
     """
 
     name: str
+    copies_state: bool
     mesh: Mesh
     module: nn.Module
     optimizer: torch.optim.Optimizer

@@ -38,6 +38,7 @@ class FsdpEngine:
     """
 
     name = "fsdp"
+    copies_state = False
 
     def __init__(
         self,

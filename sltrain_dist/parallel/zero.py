@@ -59,6 +59,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 class ZeroEngine:
     """One DeepSpeed run; the protocol is `parallel.engine.Engine`."""
 
+    copies_state = True
+
     def __init__(
         self,
         model_factory: ModelFactory,
