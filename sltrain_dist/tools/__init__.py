@@ -1,1 +1,1 @@
-"""Offline tools behind the launchers. None yet: planning, export and reports come with later versions."""
+"""Offline tools behind the launchers: weights in and out."""
