@@ -4,7 +4,8 @@ The choice is made before the model is built (which happens on the meta device),
 can print it and a named back end that cannot run stops the run at once. flash_attn and apex are
 optional and imported here only when they are asked for.
 
-Shapes: B batch, T tokens, H heads, K key/value heads (divides H), Dh width of a head, D model width.
+Shapes: B batch, T tokens, S keys (T, or more with a cache), H heads, K key/value heads (divides H), Dh width
+of a head, D model width.
 """
 
 from collections.abc import Callable
@@ -22,19 +23,28 @@ NormFunction = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by torch: q [B, T, H, Dh], k and v [B, T, K, Dh] -> [B, T, H, Dh]."""
+    """Causal attention by torch: q [B, T, H, Dh], k and v [B, S, K, Dh] -> [B, T, H, Dh].
+
+    Queries are the last T of S positions: each sees the keys up to its own.
+    """
+    new, seen = q.shape[1], k.shape[1]
+    is_square = new == seen  # torch's own mask counts from the first key: right for these alone
+    mask = None
+    if not is_square and new > 1:
+        mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
     out = functional.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        is_causal=True,
+        attn_mask=mask,
+        is_causal=is_square,
         enable_gqa=k.shape[2] != q.shape[2],
     )
     return out.transpose(1, 2)
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by the flash-attn package; shapes as ``sdpa``, bfloat16 on CUDA."""
+    """Causal attention by the flash-attn package; as ``sdpa`` (its mask counts from the last key), bfloat16 on CUDA."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     out: Tensor = _flash_attn_func()(q, k, v, causal=True, deterministic=deterministic)
     return out

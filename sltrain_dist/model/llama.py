@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sltrain_dist.config import MethodConfig, ModelConfig
 from sltrain_dist.model.backends import ATTENTION, NORM, AttentionFunction, NormFunction
-from sltrain_dist.model.rope import cos_sin, rotate, validate_rope
+from sltrain_dist.model.cache import KeyValueCache, LayerCache
+from sltrain_dist.model.rope import cos_sin, rotate, same_angles, validate_rope
 from sltrain_dist.ops.cross_entropy import linear_cross_entropy
 from sltrain_dist.params import ParameterSpec, constant_spec, make_linear, matrix_spec
 
@@ -100,12 +101,17 @@ class Attention(nn.Module):
         self.v_proj = column(f"{name}.v_proj", key, hidden)
         self.o_proj = linear(f"{name}.o_proj", hidden, query, bias=bias, parallel="row")
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, T, D], cos and sin [T, 1, Dh] -> [B, T, D]."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x [B, T, D], cos and sin [T, 1, Dh] -> [B, T, D]; positions in ``cache`` come before x's."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads), cos, sin)
         k = rotate(self.k_proj(x).view(heads), cos, sin)
-        mixed = self.attention(q, k, self.v_proj(x).view(heads))
+        v = self.v_proj(x).view(heads)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        mixed = self.attention(q, k, v)
         out: Tensor = self.o_proj(mixed.flatten(-2))
         return out
 
@@ -150,9 +156,11 @@ class Block(nn.Module):
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
         """x [B, T, D], cos and sin [T, 1, Dh] -> [B, T, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -190,14 +198,26 @@ class Decoder(nn.Module):
         )
         self.norm = norm()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``tokens`` int64 [B, T]; positions are 0 .. T-1."""
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """``tokens`` int64 [B, T]; positions are 0 .. T-1, or follow those in ``cache``, which takes them up.
+
+        Raises:
+            ValueError: more positions than the cache has, or they change the angles of those it holds.
+        """
         x = self.embed_tokens(tokens)
-        cos, sin = cos_sin(self.config, tokens.shape[1], tokens.device, x.dtype)
+        start = 0 if cache is None else cache.length
+        length = start + tokens.shape[1]
+        if start and not same_angles(self.config, start, length):
+            raise ValueError(
+                f"keys of {start} positions cannot serve {length}: the rope scaling changes"
+            )
+        cos, sin = cos_sin(self.config, length, tokens.device, x.dtype, start)
         recompute = self.checkpointing == "block" and torch.is_grad_enabled()
-        for block in self.layers:
+        for index, block in enumerate(self.layers):
             # not a wrapper module: parameter names must not depend on checkpointing
-            if recompute:
+            if cache is not None:
+                x = block(x, cos, sin, cache.layers[index])
+            elif recompute:
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin)
@@ -257,15 +277,18 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """Logits [B, T, V], or the sum of token losses (fp32 scalar) where ``labels`` are given.
 
         Args:
             tokens: int64 [B, T] in [0, V).
             labels: int64 [B, T], already shifted: the token that follows each position; -100 where
                 there is none to predict.
+            cache: of the positions before ``tokens``; takes theirs up. For inference, without gradients.
         """
-        out: Tensor = self.lm_head(self.model(tokens), labels)
+        out: Tensor = self.lm_head(self.model(tokens, cache), labels)
         return out
 
 

@@ -62,17 +62,37 @@ def validate_rope(config: ModelConfig) -> None:
             )
 
 
+def same_angles(config: ModelConfig, length: int, other: int) -> bool:
+    """Whether texts of the two lengths rotate by the same angles, so that keys of one serve the other.
+
+    False where "dynamic" grows its base (beyond max_position_embeddings) and where "longrope" goes
+    over to its long factors (beyond the original length).
+    """
+    kind = _kind(config.rope_scaling or {})
+    if kind == "dynamic":
+        limit = config.max_position_embeddings
+        return max(length, limit) == max(other, limit)
+    if kind == "longrope":
+        original = _original_length(config)
+        return (length > original) == (other > original)
+    return True
+
+
 def cos_sin(
-    config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles of positions 0 .. length - 1.
+    """Cosine and sine of the angles of positions start .. length - 1 of a text of ``length``.
 
     Returns:
         Two tensors [T, 1, Dh] (to broadcast over heads) in ``dtype``, computed in float32;
         the second half of Dh repeats the first, as HF's layout of rotated pairs wants it.
     """
     frequencies, magnitude = _inverse_frequencies(config, length, device)
-    positions = torch.arange(length, device=device, dtype=torch.float32)
+    positions = torch.arange(start, length, device=device, dtype=torch.float32)
     angles = positions[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
