@@ -114,6 +114,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     )  # fmt: skip
     _resume(run, found)
     records.config(config)
+    records.tokenizer(data.tokenizer)
     print_summary(run, attention, norm)
     return run
 

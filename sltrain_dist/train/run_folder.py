@@ -3,6 +3,7 @@
     config.json     the resolved configuration       metrics.jsonl  one line per update or evaluation
     summary.json    the outcome, at the end          loss.png       the curve, at the end
     sample.txt      text the trained model wrote     step_N/ latest checkpoints (train.checkpoint)
+    tokenizer.json  with tokenizer_config.json, at the start: exports need neither corpus nor cache
     .lock           held by the run that writes here, until its process ends
 
 A disk that fills up must not end a training: records that cannot be written are reported once.
@@ -18,10 +19,12 @@ import socket
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sltrain_dist.config import TrainConfig
+from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.train.checkpoint_identity import check_configuration
 from sltrain_dist.utils.errors import UserError
 
@@ -164,13 +167,17 @@ class Records:
         self._torn = False  # half a line stands at the end of the metrics and could not be cut off
 
     def _write(self, name: str, text: str, append: bool = False) -> None:
+        path = self.folder / name
+        if append:
+            self._try(name, lambda: self._append(path, text))
+        else:
+            self._try(name, lambda: path.write_text(text, encoding="utf-8"))
+
+    def _try(self, name: str, write: Callable[[], object]) -> None:
         if not self._active:
             return
         try:
-            if append:
-                self._append(self.folder / name, text)
-            else:
-                (self.folder / name).write_text(text, encoding="utf-8")
+            write()
         except OSError as error:
             if not self._failed:
                 print(
@@ -197,6 +204,9 @@ class Records:
 
     def config(self, config: TrainConfig) -> None:
         self._write(CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
+
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._try("tokenizer.json", lambda: tokenizer.save(self.folder))
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Append one line; numbers that JSON has no name for become null."""

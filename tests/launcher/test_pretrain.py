@@ -41,7 +41,14 @@ def test_what_a_user_sees(zero_run):
     assert "final perplexity" in output
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "metrics.jsonl", "summary.json", "loss.png", "sample.txt"} <= names
-    assert {"step_3", "step_6", "latest", "tensorboard"} <= names
+    assert {
+        "step_3",
+        "step_6",
+        "latest",
+        "tensorboard",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } <= names
     assert (folder / "latest").read_text().strip() == "step_6"
 
 
