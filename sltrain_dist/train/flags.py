@@ -142,14 +142,16 @@ REFERENCE_DEFAULTS: dict[str, Any] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError, one line, where argparse prints its usage and exits."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
 def parser() -> argparse.ArgumentParser:
     """The argparse parser of the table. Flags not given are absent from its namespace."""
-    result = _Parser(
+    result = Parser(
         prog="pretrain.py",
         description="Pre-train a LLaMA with sparse-plus-low-rank linears. With no flag but --ds_config it "
         "trains llama_demo on the text of Python's standard library. Defaults stand in brackets; the recipe of a preset "
