@@ -1,4 +1,4 @@
-"""A model for inference from any weights that `open_pretrained` knows, and the dense W of its linears.
+"""A model for inference from any weights that `open_pretrained` knows, and those weights with dense linears.
 
 pretrained = open_pretrained("runs/a", "--model")
 model = load_model(pretrained)                     # B, A, values and offsets as they are
@@ -6,7 +6,6 @@ model = load_model(pretrained, merged=True)        # every linear one dense W: m
 """
 
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,9 @@ from torch import Tensor, nn
 from sltrain_dist.model.llama import Llama
 from sltrain_dist.ops.composed import compose_weight, effective_scale
 from sltrain_dist.params.linears import LowRank, ParameterizedLinear, SLTrain
-from sltrain_dist.train.pretrained import Pretrained, open_pretrained
+from sltrain_dist.train.pretrained import Pretrained, blank_specs, open_pretrained
 
-__all__ = ["Pretrained", "dense_tensors", "dense_weight", "load_model", "open_pretrained"]
-
-_MADE_OF = ("b", "a", "scaling", "values", "offsets")  # what W replaces when a linear is merged
+__all__ = ["Pretrained", "load_model", "merge", "open_pretrained", "parameterized"]
 
 
 def load_model(
@@ -36,12 +33,10 @@ def load_model(
     Raises:
         UserError: a tensor cannot be read.
     """
-    method = pretrained.method
-    if merged:
-        method = dataclasses.replace(method, method="full")
-    model = Llama(pretrained.model, method, device="meta", dtype=dtype)
-    tensors = dense_tensors(pretrained) if merged else _tensors(pretrained)
-    for name, tensor in tensors:
+    source = merge(pretrained) if merged else pretrained
+    model = Llama(source.model, source.method, device="meta", dtype=dtype)
+    for name in source.names():
+        tensor = source.tensor(name)
         kept = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         owner, _, leaf = name.rpartition(".")
         # Assigned, not copied into an empty one: an imported support has its own number of values.
@@ -50,8 +45,8 @@ def load_model(
     return model.eval()
 
 
-def linears(pretrained: Pretrained) -> dict[str, ParameterizedLinear]:
-    """The parameterized linears of the model by name, on the meta device."""
+def parameterized(pretrained: Pretrained) -> dict[str, ParameterizedLinear]:
+    """The model's parameterized linears by name, on the meta device."""
     model = Llama(pretrained.model, pretrained.method, device="meta")
     return {
         name: module
@@ -60,35 +55,40 @@ def linears(pretrained: Pretrained) -> dict[str, ParameterizedLinear]:
     }
 
 
+def merge(pretrained: Pretrained) -> Pretrained:
+    """The same model as method "full": each W [out, in] is composed, in float32, when it is read.
+
+    One linear is in memory at a time; other parameters are read as they are stored.
+    """
+    if pretrained.method.method == "full":
+        return pretrained
+    modules = parameterized(pretrained)
+
+    def read(name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        if owner in modules and leaf == "weight":
+            return _dense_weight(pretrained, owner, modules[owner])
+        return pretrained.read(name)
+
+    method = dataclasses.replace(pretrained.method, method="full")
+    shapes = {name: spec.shape for name, spec in blank_specs(pretrained.model, method).items()}
+    return dataclasses.replace(
+        pretrained, method=method, shapes=shapes, generated=True, support_hash=0, read=read
+    )
+
+
 @torch.no_grad()
-def dense_weight(pretrained: Pretrained, name: str, linear: ParameterizedLinear) -> Tensor:
-    """W of one linear, physical [out, in], float32: weight, s * B A, or s * B A + S."""
+def _dense_weight(pretrained: Pretrained, name: str, linear: ParameterizedLinear) -> Tensor:
+    """W = s * B A, or s * B A + S, of one linear; physical [out, in], float32."""
+    assert isinstance(linear, LowRank)
 
     def read(part: str) -> Tensor:
-        tensor = pretrained.tensor(f"{name}.{part}")
+        tensor = pretrained.read(f"{name}.{part}")
         return tensor.float() if tensor.is_floating_point() else tensor
 
-    if not isinstance(linear, LowRank):
-        return read("weight")
-    shape, scale = (linear.shape.out, linear.shape.in_), linear.method.scale
+    b, a, scale = read("b"), read("a"), linear.method.scale
     scaling = None if linear.scaling is None else read("scaling")
-    if isinstance(linear, SLTrain):
-        return compose_weight(
-            read("b"), read("a"), read("values"), read("offsets"), scaling, scale, linear.support.tiles, shape
-        )  # fmt: skip
-    return (read("b") @ read("a")) * effective_scale(scaling, scale, torch.float32)
-
-
-def dense_tensors(pretrained: Pretrained) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the same model with dense linears: (name, physical tensor), W in float32."""
-    modules = linears(pretrained)
-    for name in pretrained.names():
-        owner, _, leaf = name.rpartition(".")
-        if owner not in modules or leaf not in _MADE_OF:
-            yield name, pretrained.tensor(name)
-        elif leaf == "b":
-            yield f"{owner}.weight", dense_weight(pretrained, owner, modules[owner])
-
-
-def _tensors(pretrained: Pretrained) -> Iterator[tuple[str, Tensor]]:
-    return ((name, pretrained.tensor(name)) for name in pretrained.names())
+    if not isinstance(linear, SLTrain):
+        return (b @ a).mul_(effective_scale(scaling, scale, b.dtype))
+    shape, tiles = (linear.shape.out, linear.shape.in_), linear.support.tiles
+    return compose_weight(b, a, read("values"), read("offsets"), scaling, scale, tiles, shape)

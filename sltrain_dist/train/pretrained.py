@@ -298,7 +298,7 @@ def _open_hf(folder: Path, flag: str) -> Pretrained:
     method = MethodConfig(method="full")
     specs = blank_specs(model, method)
     files = open_weights(folder)
-    logical = {name: _logical(name, spec.shape, model) for name, spec in specs.items()}
+    logical = {name: logical_shape(name, spec.shape, model) for name, spec in specs.items()}
     found = {name: shape for name, shape in files.shapes.items() if not name.endswith(_IGNORED)}
     if model.tie_word_embeddings:
         found.pop("lm_head.weight", None)
@@ -321,7 +321,7 @@ def _open_hf(folder: Path, flag: str) -> Pretrained:
     return Pretrained("hf", folder, flag, model, method, _tokenizer(folder), shapes, True, 0, read)
 
 
-def _logical(name: str, shape: tuple[int, ...], model: ModelConfig) -> tuple[int, ...]:
+def logical_shape(name: str, shape: tuple[int, ...], model: ModelConfig) -> tuple[int, ...]:
     """The shape of a dense parameter without padding (vocabulary, width of the MLP)."""
     size = list(shape)
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
