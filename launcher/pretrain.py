@@ -6,7 +6,6 @@ Exit codes: 0 trained to the end, 2 an error that the user can mend, 1 anything 
 
 import os
 import sys
-import time
 
 # Threads that spin while they wait bring a machine shared with anyone else to a crawl. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -15,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 def main(arguments: list[str]) -> int:
     """Parse, build, train."""
     # The checks come before the heavy imports, so that a wrong flag costs seconds.
-    from sltrain_dist.utils.errors import UserError
+    from sltrain_dist.utils.errors import UserError, report
 
     try:
         from sltrain_dist.parallel import mesh
@@ -34,15 +33,6 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         return report(str(error))
     return 0
-
-
-def report(message: str) -> int:
-    """Print a user's error once: every rank has it, the first one speaks."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # launchers kill all ranks when one ends: let the first one speak
-    return 2
 
 
 if __name__ == "__main__":

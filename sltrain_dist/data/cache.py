@@ -54,10 +54,16 @@ class Prepared:
 
 
 class Cache:
-    """The cache entries that belong to one DataConfig."""
+    """The cache entries that belong to one DataConfig.
 
-    def __init__(self, config: DataConfig, model_vocab_size: int | None) -> None:
+    for_training: an index must hold a sample to train on and a target to evaluate on.
+    """
+
+    def __init__(
+        self, config: DataConfig, model_vocab_size: int | None, *, for_training: bool = True
+    ) -> None:
         self.config, self._model_vocab_size = config, model_vocab_size
+        self._for_training = for_training
         self.corpus, row = open_corpus(config.corpus)
         self._root = Path(config.cache_dir).expanduser()
         self.tokenizer_name = config.tokenizer or row.tokenizer
@@ -180,11 +186,11 @@ class Cache:
                 return
 
     def _check_length(self, folder: Path) -> None:
-        """A corpus must give at least one sample to train on and one target to evaluate on."""
+        """A corpus to train on must give at least one sample, and one target to evaluate on."""
         config, length = self.config, self.config.sequence_length
         splits = (read_description(folder) or {}).get("splits", {})
         wanted = ["held_out"] if isinstance(self.corpus, StreamCorpus) else ["train", "held_out"]
-        for split in wanted:
+        for split in wanted if self._for_training else []:
             tokens = splits.get(split, {}).get("tokens", 0)
             least = length + 1 if split == "train" and config.pack == "packed" else 2
             if tokens < least:
