@@ -44,8 +44,7 @@ from sltrain_dist.utils.errors import UserError
 
 FACTORED = "sltrain_dist factored 1"  # "format" in the config.json of a factored folder
 CONFIG = "config.json"
-_IGNORED = (".rotary_emb.inv_freq",)  # buffers of old transformers; recomputed here
-Kind = Literal["checkpoint", "factored", "hf"]
+Kind = Literal["checkpoint", "factored", "hf", "reference"]  # the last: tools.import_reference
 Config = TypeVar("Config", ModelConfig, MethodConfig, DataConfig)
 
 
@@ -229,7 +228,7 @@ def _open_checkpoint(folder: Path, flag: str, verify: bool) -> Pretrained:
         return files.read(prefix + name)
 
     shapes = {name: spec.shape for name, spec in specs.items()}
-    tokenizer = _tokenizer(folder.resolve().parent) or _cached_tokenizer(document, model)
+    tokenizer = open_tokenizer(folder.resolve().parent) or _cached_tokenizer(document, model)
     return Pretrained(
         "checkpoint", folder, flag, model, method, tokenizer, shapes, True, support_hash, read
     )
@@ -256,7 +255,7 @@ def _open_factored(folder: Path, config: dict[str, Any], flag: str, verify: bool
     read = _checked_reader(files, specs)
     support_hash = int(config["support_hash"], 16)
     return Pretrained(
-        "factored", folder, flag, model, method, _tokenizer(folder), wanted, generated, support_hash, read
+        "factored", folder, flag, model, method, open_tokenizer(folder), wanted, generated, support_hash, read
     )  # fmt: skip
 
 
@@ -299,7 +298,7 @@ def _open_hf(folder: Path, flag: str) -> Pretrained:
     specs = blank_specs(model, method)
     files = open_weights(folder)
     logical = {name: logical_shape(name, spec.shape, model) for name, spec in specs.items()}
-    found = {name: shape for name, shape in files.shapes.items() if not name.endswith(_IGNORED)}
+    found = {name: shape for name, shape in files.shapes.items() if not is_ignored(name)}
     if model.tie_word_embeddings:
         found.pop("lm_head.weight", None)
     check_names(logical, found, CONFIG)
@@ -318,7 +317,14 @@ def _open_hf(folder: Path, flag: str) -> Pretrained:
         return padded
 
     shapes = {name: spec.shape for name, spec in specs.items()}
-    return Pretrained("hf", folder, flag, model, method, _tokenizer(folder), shapes, True, 0, read)
+    return Pretrained(
+        "hf", folder, flag, model, method, open_tokenizer(folder), shapes, True, 0, read
+    )
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a stored tensor is a buffer that old versions of transformers saved; it is recomputed here."""
+    return name.endswith(".rotary_emb.inv_freq")
 
 
 def logical_shape(name: str, shape: tuple[int, ...], model: ModelConfig) -> tuple[int, ...]:
@@ -333,7 +339,7 @@ def logical_shape(name: str, shape: tuple[int, ...], model: ModelConfig) -> tupl
     return tuple(size)
 
 
-def _tokenizer(folder: Path) -> Tokenizer | None:
+def open_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer that lies in a folder, or None; a broken one is for --tokenizer to name."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     if not any((folder / name).is_file() for name in names):
