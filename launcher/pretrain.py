@@ -25,7 +25,8 @@ def main(arguments: list[str]) -> int:
         from sltrain_dist.train.build import build
         from sltrain_dist.train.loop import train
 
-        world = mesh.initialise(config.timeout)
+        engine = config.engine
+        world = mesh.initialise(config.timeout, None, engine.tensor_parallel, engine.replicate)
         try:
             train(build(config, world))
         finally:

@@ -291,7 +291,10 @@ class EngineConfig:
     grad_sync: Literal["each", "last"] = (
         "each"  # reduce gradients every micro-batch, or once an update
     )
-    batch_size: int = 8  # sequences per micro-batch and rank
+    tensor_parallel: int = 1  # ranks that every layer is cut over
+    sequence_parallel: bool = False  # between the cut layers a rank holds a part of the positions
+    replicate: int = 1  # copies of the model that FSDP2 keeps beside each other (HSDP)
+    batch_size: int = 8  # sequences per micro-batch and data-parallel rank
     gradient_accumulation: int = 1
     seed: int = 42
 
@@ -309,9 +312,11 @@ class TrainConfig:
     eval_every: int = 0  # updates between evaluations; 0: only at the end
     save_every: int = 0  # updates between checkpoints; 0: only at the end
     keep_last: int = 3
+    async_save: Literal["auto", "yes", "no"] = "auto"  # write checkpoints beside training
     eval_mode: Literal["exact", "reference"] = "exact"
     save_dir: str = "runs/run"
     continue_from: str | None = None
+    init_from: str | None = None  # weights to start from, where no checkpoint is continued
     attention: Literal["auto", "sdpa", "flash_attn"] = "auto"
     norm: Literal["auto", "torch", "apex"] = "auto"
     linear_path: Literal["auto", "composed", "factorized"] = "auto"  # of sltrain's linears

@@ -26,6 +26,7 @@ from sltrain_dist.model.backends import ATTENTION, NORM, AttentionFunction, Norm
 from sltrain_dist.model.cache import KeyValueCache, LayerCache
 from sltrain_dist.model.rope import cos_sin, rotate, same_angles, validate_rope
 from sltrain_dist.ops.cross_entropy import linear_cross_entropy
+from sltrain_dist.parallel.vocabulary import ParallelVocabulary
 from sltrain_dist.params import ParameterSpec, constant_spec, make_linear, matrix_spec
 
 Checkpointing = Literal["none", "block"]
@@ -37,17 +38,23 @@ LinearFactory = Callable[..., nn.Module]
 class Embedding(nn.Module):
     """Token embedding with padded rows: tokens [B, T] -> [B, T, D]."""
 
+    parallel: ParallelVocabulary | None = None  # set under tensor parallelism
+
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.specs = _vocabulary_matrix(config, device, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens`` int64 in [0, V)."""
+        if self.parallel is not None:
+            return self.parallel.embed(tokens, self.weight)
         return functional.embedding(tokens, self.weight)
 
 
 class Head(nn.Module):
     """Output projection and loss in one module, so that an engine's gather hooks cover both."""
+
+    parallel: ParallelVocabulary | None = None  # set under tensor parallelism
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -56,6 +63,10 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Hidden [B, T, D]; without ``labels`` logits [B, T, V], else the summed loss (fp32 scalar)."""
+        if self.parallel is not None:
+            if labels is None:
+                return self.parallel.logits(hidden, self.weight)
+            return self.parallel.loss(hidden, self.weight, labels)
         if labels is None:
             return functional.linear(hidden, self.weight)[..., : self.vocab_size]
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -64,6 +75,9 @@ class Head(nn.Module):
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (arXiv 1910.07467), statistics in float32."""
+
+    # set under sequence parallelism, where each rank's gradient of the weight is a part of the sum
+    shared: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -80,7 +94,8 @@ class RMSNorm(nn.Module):
         self.specs = {"weight": constant_spec(1.0, (width,))}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.weight, self.eps)
+        weight = self.weight if self.shared is None else self.shared(self.weight)
+        return self.function(x, weight, self.eps)
 
 
 class Attention(nn.Module):

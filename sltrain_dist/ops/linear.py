@@ -54,9 +54,14 @@ def sltrain_linear(
     if path == "composed":
         y = composed_linear(*arguments)
     else:
-        keep = x.device.type == "cpu" if keep_hidden is None else keep_hidden
-        y, _ = factorized_linear(*arguments, keep and torch.is_grad_enabled())
+        keep = keeps_hidden(x, keep_hidden) and torch.is_grad_enabled()
+        y, _ = factorized_linear(*arguments, keep)
     return y
+
+
+def keeps_hidden(x: Tensor, keep_hidden: bool | None) -> bool:
+    """Whether the factorized path keeps h = x A^T for backward; see `sltrain_linear`."""
+    return x.device.type == "cpu" if keep_hidden is None else keep_hidden
 
 
 def check_inputs(x: Tensor, values: Tensor, offsets: Tensor, tiles: Tiles) -> None:

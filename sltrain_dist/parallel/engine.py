@@ -5,18 +5,22 @@ offers the loop four verbs: call the module, `accumulate`, `step`, and the check
 `load_state`. Back ends differ behind this protocol and nowhere else.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from sltrain_dist.config import EngineConfig, OptimizerConfig
 from sltrain_dist.parallel.mesh import Mesh, gather_objects
+from sltrain_dist.params import Cut, ParameterSpec, partial_hash
 from sltrain_dist.utils.errors import UserError
 
 MODEL = "model."  # prefix of weights in a state
+_SAMPLED_OFFSETS = 256  # of each layer's support, compared at start
 OPTIMIZER = "optimizer."  # prefix of optimizer state tensors: optimizer.<state>.<parameter>
 
 
@@ -94,7 +98,7 @@ class Engine(Protocol):
     def state(self) -> dict[str, DTensor]:
         """What a checkpoint holds: "model.<parameter>" and "optimizer.<state>.<parameter>".
 
-        Trainable parameters only, Shard(0) on the dp axis, float32 masters where there are any. To be
+        Trainable parameters only, as `as_dtensor` cuts them, float32 masters where there are any. To be
         read, or to be loaded into and handed to `load_state`. Collective under ZeRO.
         """
         ...
@@ -118,14 +122,24 @@ def chunk_bounds(length: int, parts: int, index: int) -> tuple[int, int]:
     return min(index * size, length), min((index + 1) * size, length)
 
 
-def as_dtensor(mesh: Mesh, local: Tensor, shape: torch.Size) -> DTensor:
-    """Wrap this rank's dim-0 chunk of a tensor of global ``shape``; the storage is shared.
+def as_dtensor(mesh: Mesh, local: Tensor, shape: torch.Size, cut: Cut | None = None) -> DTensor:
+    """Wrap this rank's part of a tensor of global ``shape``; the storage is shared.
 
-    A chunk in host memory becomes a DTensor on the mesh of hosts.
+    cut: how tensor parallelism cuts it, None: not at all. Of the part that gives, ``local`` is the
+    chunk along dimension 0 of this rank's place on the "shard" axis; replicas hold the same.
+    A part in host memory becomes a DTensor on the mesh of hosts.
     """
     stride = torch.empty(shape, device="meta").stride()
-    axis = mesh.host_mesh if local.device.type == "cpu" else mesh.device_mesh
-    return DTensor.from_local(local, axis, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    axes = mesh.host_mesh if local.device.type == "cpu" else mesh.device_mesh
+    first: Placement = Replicate() if cut is None else Shard(cut.dim)
+    placements = (first, Replicate(), Shard(0))
+    return DTensor.from_local(local, axes, placements, run_check=False, shape=shape, stride=stride)
+
+
+def held_part(tensor: DTensor) -> Tensor:
+    """What this tensor-parallel rank holds of a state tensor, over all data-parallel ranks; collective."""
+    first, *_ = tensor.placements
+    return tensor.redistribute(placements=(first, Replicate(), Replicate())).to_local()
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:
@@ -133,9 +147,51 @@ def clip_factor(norm: Tensor, limit: float) -> Tensor:
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
-def add_hashes(mesh: Mesh, own: int) -> int:
-    """The support's hash from the partial hashes of all ranks: their sum mod 2**64."""
-    return sum(int(part) for part in gather_objects(mesh, own)) & 0xFFFFFFFFFFFFFFFF
+def add_hashes(mesh: Mesh, own: int, ranks_with_same: int = 1) -> int:
+    """The support's hash from the partial hashes of all ranks: their sum mod 2**64, each part once.
+
+    ranks_with_same: data-parallel ranks that hold the same part (replicas of ZeRO below stage 3, or HSDP).
+
+    Raises:
+        UserError: replicas differ, which DeepSpeed's broadcast of rank 0's parameters would hide.
+    """
+    everyone = [int(part) for part in gather_objects(mesh, own)]
+    distinct, total = mesh.dp_size // ranks_with_same, 0
+    for rank, part in enumerate(everyone):
+        dp_rank, tp_rank = divmod(rank, mesh.tp_size)
+        first = dp_rank % distinct * mesh.tp_size + tp_rank
+        if part != everyone[first]:
+            raise UserError(
+                f"the support on rank {rank} differs from rank {first}'s: the ranks run different code,"
+                " seeds or configurations; give all nodes the same"
+            )
+        total += part if rank == first else 0
+    return total & 0xFFFFFFFFFFFFFFFF
+
+
+def check_support(mesh: Mesh, specs: dict[str, ParameterSpec], seed: int) -> None:
+    """Compare what every rank makes of the supports' first tiles, where no rank holds another's tiles.
+
+    A rank with another seed, other code or other kernels would otherwise contribute a pattern of its own.
+
+    Raises:
+        UserError: naming the first rank that differs from rank 0.
+    """
+    own = 0
+    for name, spec in specs.items():
+        if spec.kind == "indices":
+            sample = min(_SAMPLED_OFFSETS, math.prod(spec.shape))
+            own += partial_hash(seed, name, 0, spec.initial.flat(seed, name, 0, sample))
+            if len(spec.shape) == 1:
+                break  # a support of kind uniform is made whole or not at all: one layer must do
+    everyone = gather_objects(mesh, (own & 0xFFFFFFFFFFFFFFFF, seed))
+    for rank, found in enumerate(everyone):
+        if found != everyone[0]:
+            raise UserError(
+                f"--seed {everyone[0][1]}: rank {rank} makes another sparse support than rank 0"
+                f" (hash {found[0]:016x}, seed {found[1]}; rank 0 {everyone[0][0]:016x}); give all nodes"
+                " the same seed, model, code and kernels"
+            )
 
 
 def optimizer_key(state_name: str, parameter_name: str) -> str:

@@ -1,6 +1,8 @@
 """The FSDP2 engine: every block and the root sharded by `fully_shard`, on any number of ranks.
 
-The model is made on the meta device, sharded there, given memory for the local shards alone, and
+Under tensor parallelism the model comes cut, in plain tensors, and each tensor-parallel rank shards its
+part over its data-parallel peers: FSDP2 sees one axis, or two for HSDP, and no product goes through
+DTensor's dispatch. The model is made on the meta device, sharded there, given memory for the local shards alone, and
 filled shard by shard from the parameters' specs. The optimizer sees plain local tensors that share
 memory with the shards, never DTensors, so any element-wise torch optimizer works.
 """
@@ -21,12 +23,13 @@ from sltrain_dist.parallel.engine import (
     OptimizerFactory,
     add_hashes,
     as_dtensor,
+    check_support,
     chunk_bounds,
     clip_factor,
     optimizer_key,
 )
-from sltrain_dist.parallel.mesh import Mesh, sum_over_ranks
-from sltrain_dist.params import ParameterSpec, collect_specs, partial_hash
+from sltrain_dist.parallel.mesh import Mesh, sum_over_all
+from sltrain_dist.params import ParameterSpec, collect_specs
 
 
 class FsdpEngine:
@@ -48,7 +51,7 @@ class FsdpEngine:
         optimizer_factory: OptimizerFactory,
         seed: int,
     ) -> None:
-        optimizer_factory.check("--engine fsdp", sharded=mesh.dp_size > 1)
+        optimizer_factory.check("--engine fsdp", sharded=mesh.shard_size * mesh.tp_size > 1)
         self.mesh = mesh
         self.seed = seed
         self.factory = optimizer_factory
@@ -59,6 +62,7 @@ class FsdpEngine:
         pure = half and not config.master_weights
         model = model_factory(device="meta", dtype=torch.bfloat16 if pure else torch.float32)
         self.specs = collect_specs(model)
+        check_support(mesh, self.specs, seed)
         self.module: nn.Module = _shard(model, mesh, half)
         self.sharded = _fill(self.module, self.specs, seed, mesh)
         self.local = {
@@ -82,7 +86,7 @@ class FsdpEngine:
 
     def step(self, lr: float) -> float:
         gradients = self._gradients()
-        norm = self._global_norm(list(gradients.values()))
+        norm = self._global_norm(gradients)
         if math.isfinite(value := norm.item()):
             if self.clip > 0:
                 torch._foreach_mul_(list(gradients.values()), clip_factor(norm, self.clip))
@@ -102,11 +106,11 @@ class FsdpEngine:
     def state(self) -> dict[str, DTensor]:
         state = {}
         for name, local in self.local.items():
-            shape = self.sharded[name].shape
-            state[MODEL + name] = as_dtensor(self.mesh, local.detach(), shape)
+            shape, cut = torch.Size(self.specs[name].shape), self.specs[name].cut
+            state[MODEL + name] = as_dtensor(self.mesh, local.detach(), shape, cut)
             for key, tensor in self._optimizer_tensors(local).items():
                 whole = shape if tensor.shape == local.shape else tensor.shape
-                state[optimizer_key(key, name)] = as_dtensor(self.mesh, tensor, whole)
+                state[optimizer_key(key, name)] = as_dtensor(self.mesh, tensor, whole, cut)
         return state
 
     def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:
@@ -131,9 +135,9 @@ class FsdpEngine:
         total = 0
         for name, spec in self.specs.items():
             if spec.kind == "indices":
-                start, _ = _local_range(spec.shape, self.mesh)
-                total += partial_hash(self.seed, name, start, self.sharded[name].to_local())
-        return add_hashes(self.mesh, total)
+                start, _ = _local_range(spec, self.mesh)
+                total += spec.partial_hash(self.seed, name, start, self.sharded[name].to_local())
+        return add_hashes(self.mesh, total & 0xFFFFFFFFFFFFFFFF, self.mesh.replicate_size)
 
     def _optimizer_tensors(self, local: nn.Parameter) -> dict[str, Tensor]:
         if local.numel():
@@ -153,19 +157,21 @@ class FsdpEngine:
                 gradients[name] = torch.zeros_like(local)
         return gradients
 
-    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
-        """L2 norm over all shards of all ranks, float32 scalar; squares are added in float64."""
+    def _global_norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        """L2 norm over all shards of all ranks, float32 scalar; squares are added in float64.
+
+        What tensor-parallel ranks hold in common counts on the first of them.
+        """
         norms = [
-            torch.linalg.vector_norm(grad, dtype=torch.float32)
-            for grad in gradients
-            if grad.numel()
+            torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            for name, gradient in gradients.items()
+            if gradient.numel() and (self.specs[name].cut is not None or self.mesh.tp_rank == 0)
         ]
-        squares = (
-            torch.stack(norms).double().square_().sum()
-            if norms
-            else torch.zeros((), dtype=torch.float64)
-        )
-        return sum_over_ranks(self.mesh, squares).sqrt().float()
+        squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if norms:
+            squares = torch.stack(norms).double().square_().sum()
+        total = sum_over_all(self.mesh, squares) / self.mesh.replicate_size
+        return total.sqrt().float()
 
     def _accumulate_in_float32(self) -> None:
         """Move each reduced bfloat16 gradient into a float32 sum as soon as FSDP2 has written it."""
@@ -192,7 +198,7 @@ def _shard(model: nn.Module, mesh: Mesh, half: bool) -> nn.Module:
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     blocks = getattr(model, "blocks", ())
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh.device_mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh.data_mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -217,11 +223,11 @@ def _leave_integers_uncast(module: FSDPModule) -> None:
                 fsdp_param.init_dtype_attrs = uncast
 
 
-def _local_range(shape: tuple[int, ...], mesh: Mesh) -> tuple[int, int]:
-    """Flat bounds of this rank's dim-0 chunk of a tensor of ``shape``."""
-    row = math.prod(shape[1:])
-    start, stop = chunk_bounds(shape[0], mesh.dp_size, mesh.dp_rank)
-    return start * row, stop * row
+def _local_range(spec: ParameterSpec, mesh: Mesh) -> tuple[int, int]:
+    """Flat bounds of this rank's dim-0 chunk of what tensor parallelism leaves it of a tensor."""
+    rows, *rest = spec.local_shape
+    start, stop = chunk_bounds(rows, mesh.shard_size, mesh.shard_rank)
+    return start * math.prod(rest), stop * math.prod(rest)
 
 
 @torch.no_grad()
@@ -234,10 +240,10 @@ def _fill(
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         spec = specs[name]
-        start, stop = _local_range(spec.shape, mesh)
+        start, stop = _local_range(spec, mesh)
         local = parameter.to_local()
         if local.numel():
-            local.copy_(spec.initial.flat(seed, name, start, stop, mesh.device).view(local.shape))
+            local.copy_(spec.flat(seed, name, start, stop, mesh.device).view(local.shape))
         sharded[name] = parameter
     return sharded
 

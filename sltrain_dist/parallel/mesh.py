@@ -2,6 +2,12 @@
 
 A `Mesh` is made once and passed to whoever needs it; there is no global process-group state here.
 It comes up the same way under ``torchrun``, the ``deepspeed`` launcher and a bare ``python`` (one process).
+
+Ranks stand on three axes, tensor parallel innermost, so that its ranks share a machine:
+
+    rank = (replicate_rank * shard_size + shard_rank) * tp_size + tp_rank
+
+``replicate`` x ``shard`` together are data parallelism, ``dp``: every rank of it has other samples.
 """
 
 import os
@@ -13,33 +19,61 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from sltrain_dist.utils.errors import UserError
 
-DP_AXIS = "dp"
+TP_AXIS, REPLICATE_AXIS, SHARD_AXIS, DP_AXIS = "tp", "replicate", "shard", "dp"
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands: its rank on every axis, its device, and the torch DeviceMesh."""
+    """Where this process stands: its rank on every axis, its device, and the torch DeviceMesh.
+
+    device_mesh has the axes ("tp", "replicate", "shard"), in this order: a tensor is cut for tensor
+    parallelism first, and the part is cut again for data parallelism. host_mesh is the same over the
+    hosts' memory, for state on its way to and from a file. dp_group and tp_group are process groups.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     dp_rank: int
     dp_size: int
+    tp_rank: int
+    tp_size: int
     device: torch.device
-    device_mesh: DeviceMesh  # one axis, "dp"
-    host_mesh: (
-        DeviceMesh  # the same axis over the hosts' memory, for state on its way to and from a file
-    )
+    device_mesh: DeviceMesh
+    host_mesh: DeviceMesh
+    dp_group: dist.ProcessGroup
 
     @property
-    def dp_group(self) -> dist.ProcessGroup:
-        """The process group of the data-parallel axis."""
-        return self.device_mesh.get_group(DP_AXIS)
+    def tp_group(self) -> dist.ProcessGroup:
+        """The process group of the tensor-parallel axis."""
+        return self.device_mesh.get_group(TP_AXIS)
+
+    @property
+    def replicate_size(self) -> int:
+        """Copies of the model that FSDP2 keeps beside each other (HSDP); 1: sharded over all of dp."""
+        return self.device_mesh.size(1)
+
+    @property
+    def shard_size(self) -> int:
+        """Ranks that FSDP2 shards over."""
+        return self.device_mesh.size(2)
+
+    @property
+    def shard_rank(self) -> int:
+        """This rank's place among those FSDP2 shards over."""
+        return self.dp_rank % self.shard_size
+
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """What `fully_shard` takes: the shard axis, or replicate x shard (HSDP)."""
+        if self.replicate_size == 1:
+            return self.device_mesh[SHARD_AXIS]
+        return self.device_mesh[REPLICATE_AXIS, SHARD_AXIS]
 
     @property
     def is_first(self) -> bool:
@@ -93,17 +127,27 @@ def _device(device_type: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def initialise(timeout: float = 600.0, device: str | None = None) -> Mesh:
+def initialise(
+    timeout: float = 600.0,
+    device: str | None = None,
+    tensor_parallel: int = 1,
+    replicate: int = 1,
+) -> Mesh:
     """Join the process group and return the mesh: gloo on CPU; NCCL on CUDA, with gloo beside it for CPU tensors.
+
+    A process that has joined already gets another arrangement of the same ranks.
 
     Args:
         timeout: seconds after which a collective that a peer never joined raises.
         device: "cpu" or "cuda"; None takes CUDA where there is any.
+        tensor_parallel: ranks that every layer is cut over.
+        replicate: copies of the model that are kept beside each other.
 
     Raises:
-        UserError: more processes on this machine than GPUs.
+        UserError: more processes on this machine than GPUs; ranks that do not divide.
     """
     rank, world_size, local_rank = _launcher_environment()
+    check_axes(world_size, tensor_parallel, replicate)
     device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
     own_device = _device(device_type, local_rank)
     if not dist.is_initialized():
@@ -117,11 +161,39 @@ def initialise(timeout: float = 600.0, device: str | None = None) -> Mesh:
             timeout=timedelta(seconds=timeout),
             device_id=own_device if on_gpu else None,
         )
-    device_mesh = init_device_mesh(device_type, (world_size,), mesh_dim_names=(DP_AXIS,))
+    shape = (world_size // tensor_parallel // replicate, tensor_parallel)
+    ranks = torch.arange(world_size).view(replicate, *shape).permute(2, 0, 1)
+    names = (TP_AXIS, REPLICATE_AXIS, SHARD_AXIS)
+    device_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=names)
     host_mesh = device_mesh
     if device_type != "cpu":
-        host_mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=(DP_AXIS,))
-    return Mesh(rank, world_size, local_rank, rank, world_size, own_device, device_mesh, host_mesh)
+        host_mesh = DeviceMesh("cpu", ranks, mesh_dim_names=names)
+    dp_mesh = device_mesh[SHARD_AXIS]
+    if replicate > 1:
+        dp_mesh = device_mesh[REPLICATE_AXIS, SHARD_AXIS]._flatten(DP_AXIS)
+    return Mesh(
+        rank, world_size, local_rank, rank // tensor_parallel, world_size // tensor_parallel,
+        rank % tensor_parallel, tensor_parallel, own_device, device_mesh, host_mesh,
+        dp_mesh.get_group(),
+    )  # fmt: skip
+
+
+def check_axes(world_size: int, tensor_parallel: int, replicate: int) -> None:
+    """Refuse axes whose sizes do not multiply to the number of ranks.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    if world_size % tensor_parallel:
+        raise UserError(
+            f"--tensor_parallel {tensor_parallel}: does not divide the {ranks} of this launch; start a multiple of it"
+        )
+    if world_size // tensor_parallel % replicate:
+        raise UserError(
+            f"--replicate {replicate}: does not divide the {world_size // tensor_parallel} data-parallel ranks"
+            f" ({ranks} / --tensor_parallel {tensor_parallel})"
+        )
 
 
 def close() -> None:
@@ -131,28 +203,41 @@ def close() -> None:
 
 
 def sum_over_ranks(mesh: Mesh, tensor: Tensor) -> Tensor:
+    """The element-wise sum of ``tensor`` over the data-parallel ranks, as a new tensor on the mesh's device.
+
+    Tensor-parallel ranks hold the same numbers (a loss, a count of tokens) and are not added.
+    """
+    result = tensor.detach().to(mesh.device, copy=True)
+    if mesh.dp_size > 1:
+        dist.all_reduce(result, group=mesh.dp_group)
+    return result
+
+
+def sum_over_all(mesh: Mesh, tensor: Tensor) -> Tensor:
     """The element-wise sum of ``tensor`` over all ranks, as a new tensor on the mesh's device."""
-    return _reduced(mesh, tensor, dist.ReduceOp.SUM)
+    result = tensor.detach().to(mesh.device, copy=True)
+    if mesh.world_size > 1:
+        dist.all_reduce(result)
+    return result
 
 
 def max_over_ranks(mesh: Mesh, tensor: Tensor) -> Tensor:
     """The element-wise maximum of ``tensor`` over all ranks, as a new tensor on the mesh's device."""
-    return _reduced(mesh, tensor, dist.ReduceOp.MAX)
-
-
-def _reduced(mesh: Mesh, tensor: Tensor, operation: Any) -> Tensor:
     result = tensor.detach().to(mesh.device, copy=True)
-    if mesh.dp_size > 1:
-        dist.all_reduce(result, operation, group=mesh.dp_group)
+    if mesh.world_size > 1:
+        dist.all_reduce(result, dist.ReduceOp.MAX)
     return result
 
 
-def gather_objects(mesh: Mesh, value: Any) -> list[Any]:
-    """Every rank's ``value`` (JSON-able data), in rank order, on every rank."""
+def gather_objects(mesh: Mesh, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's ``value`` (JSON-able data), in rank order, on every rank.
+
+    group: other connections between the same ranks, for a thread beside training.
+    """
     if mesh.world_size == 1:
         return [value]
     values: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(values, value, group=mesh.dp_group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

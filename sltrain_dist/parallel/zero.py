@@ -26,13 +26,15 @@ from sltrain_dist.parallel.engine import (
     OptimizerFactory,
     add_hashes,
     as_dtensor,
+    check_support,
     chunk_bounds,
     clip_factor,
+    held_part,
     optimizer_key,
 )
-from sltrain_dist.parallel.mesh import Mesh, gather_objects
+from sltrain_dist.parallel.mesh import Mesh, sum_over_all
 from sltrain_dist.parallel.zero_layout import Flat, held_weights, layout_of
-from sltrain_dist.params import collect_specs, partial_hash
+from sltrain_dist.params import collect_specs
 from sltrain_dist.utils.errors import UserError
 
 
@@ -74,7 +76,8 @@ class ZeroEngine:
         )
         self.stage = stage_of(resolved)
         self.name = f"zero-{self.stage}"
-        optimizer_factory.check(f"ZeRO stage {self.stage}", sharded=self.stage > 0)
+        sharded = self.stage > 0 or mesh.tp_size > 1
+        optimizer_factory.check(f"ZeRO stage {self.stage}", sharded=sharded)
         self.mesh = mesh
         self.seed = seed
         self.factory = optimizer_factory
@@ -87,21 +90,27 @@ class ZeroEngine:
             resolved["gradient_clipping"] = 0.0
         deepspeed = _deepspeed()
         deepspeed.init_distributed(verbose=False)  # finds the process group of mesh.py
-        _check_by_deepspeed(deepspeed, resolved)
+        self._mpu = ModelParallelUnit(mesh)
+        _check_by_deepspeed(deepspeed, resolved, self._mpu)
         model = model_factory(device="meta", dtype=torch.bfloat16 if self.half else torch.float32)
         self.specs = collect_specs(model)
+        check_support(mesh, self.specs, seed)
         self._materialise(deepspeed, model, resolved)
         self.parameters = dict(model.named_parameters())
+        for name, parameter in self.parameters.items():  # read by DeepSpeed's norms
+            cut = self.specs[name].cut is not None
+            parameter.tensor_model_parallel = parameter.model_parallel = cut  # type: ignore[attr-defined]
         self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self._fill()
-        if self.stage < 3:  # stage 3 holds no replicas
-            check_replicas(
-                mesh, self._own_hash()
-            )  # before DeepSpeed's broadcast masks a difference
+        self.support_hash()  # compares replicas, before DeepSpeed's broadcast hides a difference
         built = optimizer_factory.build(list(self.trained.values()))
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory reports past its logger
             self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=built, config=resolved, dist_init_required=False
+                model=model,
+                optimizer=built,
+                config=resolved,
+                dist_init_required=False,
+                mpu=self._mpu,
             )
         self.module: nn.Module = self._engine
         self.optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
@@ -132,21 +141,22 @@ class ZeroEngine:
 
     def state(self) -> dict[str, DTensor]:
         state = {}
-        for label, parameter, key in self._entries():
-            full = self.layout.read(parameter, key)
+        for label, name, parameter, key in self._entries():
+            full, spec = self.layout.read(parameter, key), self.specs[name]
             start, stop = chunk_bounds(full.shape[0], self.mesh.dp_size, self.mesh.dp_rank)
             # To host memory at once: the device holds one gathered tensor at a time.
             own = full[start:stop].to("cpu", copy=True)
-            state[label] = as_dtensor(self.mesh, own, full.shape)
+            shape = spec.shape if full.shape == spec.local_shape else full.shape
+            state[label] = as_dtensor(self.mesh, own, torch.Size(shape), spec.cut)
         return state
 
     def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:
         self.updates = int(scalars["updates"])
         self._begin(int(scalars["optimizer_steps"]))
         labels = set()
-        for label, parameter, key in self._entries():
+        for label, _, parameter, key in self._entries():
             labels.add(label)
-            full = state[label].full_tensor().to(self.mesh.device)
+            full = held_part(state[label]).to(self.mesh.device)
             self.layout.write(parameter, key, full)
             if key is None:
                 self.layout.refresh(parameter, full)
@@ -156,17 +166,15 @@ class ZeroEngine:
         return {"updates": self.updates, "optimizer_steps": self.updates}
 
     def support_hash(self) -> int:
-        own = self._own_hash()
-        if self.stage < 3:
-            return own
-        return add_hashes(self.mesh, own)
+        replicas = self.mesh.dp_size if self.stage < 3 else 1
+        return add_hashes(self.mesh, self._own_hash(), replicas)
 
-    def _entries(self) -> Iterator[tuple[str, nn.Parameter, str | None]]:
-        """(name in a state, parameter, optimizer state or None for the weight) of all a checkpoint holds."""
+    def _entries(self) -> Iterator[tuple[str, str, nn.Parameter, str | None]]:
+        """(name in a state, its own name, parameter, optimizer state or None: the weight) of all a checkpoint holds."""
         for name, parameter in self.trained.items():
-            yield MODEL + name, parameter, None
+            yield MODEL + name, name, parameter, None
             for key in self.factory.state_names(len(self.specs[name].shape)):
-                yield optimizer_key(key, name), parameter, key
+                yield optimizer_key(key, name), name, parameter, key
 
     def _begin(self, steps: int) -> None:
         """Create missing optimizer state and set its step counters."""
@@ -178,7 +186,13 @@ class ZeroEngine:
         """Give every parameter memory; under stage 3 one at a time, cut before the next one exists."""
         source = _OneByOne(model, self.mesh.device)
         if self.stage == 3:
-            deepspeed.zero.Init(module=source, config_dict_or_path=resolved)
+            group = self.mesh.dp_group
+            deepspeed.zero.Init(
+                module=source,
+                config_dict_or_path=resolved,
+                mpu=self._mpu,
+                data_parallel_group=group,
+            )
         else:
             list(source.parameters())
         for buffer in model.buffers():
@@ -201,12 +215,10 @@ class ZeroEngine:
     def _initial(self, name: str, like: Tensor, start: int) -> Tensor:
         """Initial values of the flat elements from ``start`` on, shaped as ``like``; zeros past the end."""
         spec = self.specs[name]
-        stop = min(start + like.numel(), math.prod(spec.shape))
+        stop = min(start + like.numel(), math.prod(spec.local_shape))
         values = torch.zeros(like.numel(), dtype=like.dtype, device=like.device)
         if start < stop:
-            values[: stop - start] = spec.initial.flat(
-                self.seed, name, start, stop, self.mesh.device
-            )
+            values[: stop - start] = spec.flat(self.seed, name, start, stop, self.mesh.device)
         return values.view(like.shape)
 
     def _own_hash(self) -> int:
@@ -215,18 +227,49 @@ class ZeroEngine:
         for name, spec in self.specs.items():
             if spec.kind == "indices":
                 held, start = held_weights(self.parameters[name])
-                real = max(0, min(held.numel(), math.prod(spec.shape) - start))
-                total += partial_hash(self.seed, name, start, held.flatten()[:real])
+                real = max(0, min(held.numel(), math.prod(spec.local_shape) - start))
+                total += spec.partial_hash(self.seed, name, start, held.flatten()[:real])
         return total & 0xFFFFFFFFFFFFFFFF
 
     def _clip_replicated(self) -> float:
-        """Stage 0: the norm of the (everywhere equal) gradients, and clipping by it."""
-        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        norms = [torch.linalg.vector_norm(grad) for grad in gradients]
-        norm = torch.stack(norms).double().square_().sum().sqrt_().float()
+        """Stage 0: the norm of the gradients, equal over data-parallel ranks, and clipping by it."""
+        trained = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+        norms = {name: torch.linalg.vector_norm(grad) for name, grad in trained.items()}
+        squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for name, norm in norms.items():
+            if self.specs[name].cut is not None or self.mesh.tp_rank == 0:
+                squares += norm.double().square()
+        if self.mesh.tp_size > 1:
+            squares = sum_over_all(self.mesh, squares) / self.mesh.dp_size
+        norm = squares.sqrt().float()
         if self._own_clip > 0:
-            torch._foreach_mul_(gradients, clip_factor(norm, self._own_clip))
+            torch._foreach_mul_(list(trained.values()), clip_factor(norm, self._own_clip))
         return norm.item()
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks about tensor and data parallelism: its ``mpu``."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.tp_size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._mesh.tp_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.dp_size
+
+    def get_data_parallel_group(self) -> Any:
+        return self._mesh.dp_group
 
 
 class _OneByOne(nn.Module):
@@ -258,27 +301,10 @@ class _OneByOne(nn.Module):
                     yield made[id(meta)]
 
 
-def check_replicas(mesh: Mesh, own_hash: int) -> None:
-    """Compare the support that every rank made for itself.
-
-    DeepSpeed broadcasts rank 0's parameters, which would silently replace another rank's support.
-
-    Raises:
-        RuntimeError: naming the ranks whose support differs from rank 0's.
-    """
-    hashes = gather_objects(mesh, own_hash)
-    different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
-    if different:
-        raise RuntimeError(
-            f"the support on rank {', '.join(map(str, different))} differs from rank 0's:"
-            " the ranks run different code, seeds or configurations"
-        )
-
-
-def _check_by_deepspeed(deepspeed: Any, resolved: dict[str, Any]) -> None:
+def _check_by_deepspeed(deepspeed: Any, resolved: dict[str, Any], mpu: ModelParallelUnit) -> None:
     """Let DeepSpeed parse the configuration before a model exists; its refusal is the user's to mend."""
     try:
-        deepspeed.DeepSpeedConfig(resolved)
+        deepspeed.DeepSpeedConfig(resolved, mpu)
     except (AssertionError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{FLAG}: DeepSpeed refuses it: {reason}") from None

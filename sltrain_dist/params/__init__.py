@@ -1,6 +1,7 @@
 """What a weight matrix is made of: dense, low rank, or SLTrain's sparse plus low rank."""
 
 from sltrain_dist.params.initial import (
+    Cut,
     ParameterSpec,
     collect_specs,
     constant_spec,
@@ -12,6 +13,7 @@ from sltrain_dist.params.support import Support, partial_hash
 
 __all__ = [
     "PARAMETERIZATIONS",
+    "Cut",
     "ParameterSpec",
     "ParameterizedLinear",
     "Support",

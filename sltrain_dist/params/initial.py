@@ -5,13 +5,14 @@ generator, every FSDP2 rank would write the same values into a different shard. 
 ParameterSpec, in the table ``specs`` of the module that owns it; engines ask it for flat ranges.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sltrain_dist.params.support import Support
+from sltrain_dist.params.support import Support, partial_hash
 from sltrain_dist.utils import counter_random
 
 Kind = Literal["dense", "low_rank", "sparse", "indices"]
@@ -29,6 +30,10 @@ class Initial(Protocol):
         """Elements [start, stop) of the row-major flattened global tensor; 1-D, float32 (offsets: integer)."""
         ...
 
+    def at(self, seed: int, name: str, index: Tensor) -> Tensor:
+        """The elements at ``index`` (1-D int64, ascending) of the flattened global tensor, on its device."""
+        ...
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -40,6 +45,9 @@ class Constant:
         self, seed: int, name: str, start: int, stop: int, device: torch.device | str = "cpu"
     ) -> Tensor:
         return torch.full((stop - start,), self.value, device=device)
+
+    def at(self, seed: int, name: str, index: Tensor) -> Tensor:
+        return torch.full(index.shape, self.value, device=index.device)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,9 @@ class Random:
             index = torch.arange(begin, min(begin + _CHUNK, stop), device=device)
             out[begin - start : begin - start + index.numel()] = self._draw(key, index)
         return out
+
+    def at(self, seed: int, name: str, index: Tensor) -> Tensor:
+        return self._draw(counter_random.key(seed, name, "initial"), index).float()
 
     def _draw(self, key: int, index: Tensor) -> Tensor:
         if self.distribution == "normal":
@@ -85,13 +96,20 @@ class SupportValues:
     def flat(
         self, seed: int, name: str, start: int, stop: int, device: torch.device | str = "cpu"
     ) -> Tensor:
-        count = torch.Size(self.support.values_shape).numel()
-        values = Random("uniform", self.bound, (count,), (count,)).flat(
-            seed, name, start, stop, device
-        )
+        values = self._random().flat(seed, name, start, stop, device)
         if self.support.is_padded:
             values *= self.support.inside(seed, self.layer, start, stop, device)
         return values
+
+    def at(self, seed: int, name: str, index: Tensor) -> Tensor:
+        values = self._random().at(seed, name, index)
+        if self.support.is_padded:
+            values *= self.support.inside_at(seed, self.layer, index)
+        return values
+
+    def _random(self) -> Random:
+        count = torch.Size(self.support.values_shape).numel()
+        return Random("uniform", self.bound, (count,), (count,))
 
 
 @dataclass(frozen=True)
@@ -106,18 +124,65 @@ class SupportOffsets:
     ) -> Tensor:
         return self.support.offsets(seed, self.layer, start, stop, device)
 
+    def at(self, seed: int, name: str, index: Tensor) -> Tensor:
+        return self.support.offsets_at(seed, self.layer, index)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a tensor that one tensor-parallel rank holds: chunk ``index`` of ``count`` equal ones along ``dim``."""
+
+    dim: int
+    index: int
+    count: int
+
 
 @dataclass(frozen=True)
 class ParameterSpec:
     """What is known of a parameter before it exists.
 
-    shape: global and physical. logical_numel: elements that count, without padding.
+    shape: global and physical. logical_numel: elements that count, without padding; of all ranks.
+    cut: what of it the module holds under tensor parallelism; None: all of it.
     """
 
     shape: tuple[int, ...]
     kind: Kind
     logical_numel: int
     initial: Initial
+    cut: Cut | None = None
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape that the module holds."""
+        if self.cut is None:
+            return self.shape
+        dim, count = self.cut.dim, self.cut.count
+        return (*self.shape[:dim], self.shape[dim] // count, *self.shape[dim + 1 :])
+
+    def flat(
+        self, seed: int, name: str, start: int, stop: int, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Initial values of elements [start, stop) of the row-major flattened tensor that the module holds."""
+        first = self.global_index(torch.tensor([start]))
+        if self.cut is None or self.cut.dim == 0 or start >= stop:
+            begin = int(first) if start < stop else 0
+            return self.initial.flat(seed, name, begin, begin + stop - start, device)
+        parts = []
+        for begin in range(start, stop, _CHUNK):
+            index = torch.arange(begin, min(begin + _CHUNK, stop), device=device)
+            parts.append(self.initial.at(seed, name, self.global_index(index)))
+        return torch.cat(parts)
+
+    def global_index(self, index: Tensor) -> Tensor:
+        """Where elements ``index`` of the flattened held tensor stand in the flattened global one; int64."""
+        if self.cut is None:
+            return index
+        run = math.prod(self.local_shape[self.cut.dim :])  # elements that lie together in both
+        return index // run * (run * self.cut.count) + self.cut.index * run + index % run
+
+    def partial_hash(self, seed: int, name: str, start: int, offsets: Tensor) -> int:
+        """`support.partial_hash` of held elements [start, start + n); sums over all ranks are free of layout."""
+        return partial_hash(seed, name, start, offsets, self.global_index)
 
 
 def matrix_spec(

@@ -7,6 +7,7 @@ uninitialised (also on the meta device), and leaves the filling to the engine.
 Shapes: in and out are physical (padded) features; r is the rank.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sltrain_dist.config import MethodConfig
+from sltrain_dist.ops import products
 from sltrain_dist.ops.composed import effective_scale
 from sltrain_dist.ops.linear import Path, sltrain_linear
 from sltrain_dist.ops.precision import linear
+from sltrain_dist.ops.products import Product
 from sltrain_dist.params.initial import (
     ParameterSpec,
     SupportOffsets,
@@ -54,6 +57,7 @@ class ParameterizedLinear(nn.Module):
     """Base: creates parameters from their specs, and the bias that all kinds share."""
 
     bias: nn.Parameter | None
+    parallel: Callable[[Tensor], Tensor] | None = None  # set under tensor parallelism
 
     def __init__(self, shape: LinearShape) -> None:
         super().__init__()
@@ -70,6 +74,24 @@ class ParameterizedLinear(nn.Module):
         empty = torch.empty(spec.shape, dtype=dtype, device=self.shape.device)
         self.register_parameter(name, nn.Parameter(empty, requires_grad=dtype.is_floating_point))
         self.specs[name] = spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]; under tensor parallelism a rank's part of either (parallel.linear)."""
+        return self.multiply(x) if self.parallel is None else self.parallel(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`forward` where the whole matrix is here."""
+        raise NotImplementedError
+
+    @property
+    def product(self) -> Product:
+        """The same without bias and dropout, as a pair of functions of the parameters."""
+        raise NotImplementedError
+
+    @property
+    def dropout(self) -> float:
+        """Probability, on the input of the low-rank product while training."""
+        return 0.0
 
     def extra_repr(self) -> str:
         return f"in={self.shape.in_}, out={self.shape.out}, bias={self.bias is not None}"
@@ -88,8 +110,12 @@ class Dense(ParameterizedLinear):
             matrix_spec("normal", shape.initializer_range, (shape.out, shape.in_), logical),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    @property
+    def product(self) -> Product:
+        return products.Dense()
 
 
 class LowRank(ParameterizedLinear):
@@ -119,9 +145,17 @@ class LowRank(ParameterizedLinear):
         h = h * effective_scale(self.scaling, self.method.scale, h.dtype)
         return linear(h, self.b)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         y = self.low_rank(x)
         return y if self.bias is None else y + self.bias
+
+    @property
+    def product(self) -> Product:
+        return products.LowRank(self.method.scale)
+
+    @property
+    def dropout(self) -> float:
+        return self.method.dropout if self.training else 0.0
 
 
 class SLTrain(LowRank):
@@ -175,9 +209,22 @@ class SLTrain(LowRank):
         self.add("values", values)
         self.add("offsets", offsets, support.offset_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def held_support(self) -> Support:
+        """The support of the part that is here: fewer rows or columns under tensor parallelism."""
+        spec, tiles = self.specs["values"], self.support.tiles
+        if spec.cut is None:
+            return self.support
+        shape = (spec.local_shape[0] * tiles.tile_out, spec.local_shape[1] * tiles.tile_in)
+        return dataclasses.replace(self.support, shape=shape, logical=shape)
+
+    @property
+    def product(self) -> Product:
+        return products.SLTrain(self.method.scale, self.support.tiles, self.path, self.keep_hidden)
+
+    def multiply(self, x: Tensor) -> Tensor:
         support = (self.values, self.offsets, self.bias)
-        if self.method.dropout > 0 and self.training:
+        if self.dropout > 0:
             sparse = sltrain_linear(x, None, *support, None, 0.0, self.support.tiles, self.path)
             return sparse + self.low_rank(x)
         scale, tiles, factors = self.method.scale, self.support.tiles, (self.b, self.a)

@@ -312,7 +312,7 @@ class _Trial:
 def key_of(linear: SLTrain) -> LinearKey:
     """The key of a module; on the meta device too."""
     apart = linear.method.dropout > 0
-    return LinearKey(linear.support, 0 if apart else linear.method.rank)
+    return LinearKey(linear.held_support, 0 if apart else linear.method.rank)
 
 
 def linears(model: nn.Module) -> list[SLTrain]:

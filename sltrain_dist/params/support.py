@@ -9,6 +9,7 @@ pattern, and a rank computes only the tiles it holds. Three kinds share one layo
                                row-parallel layers use the transposed tile, (w b) x b
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -169,6 +170,15 @@ class Support:
         )
         return flat[start - first * self.k : stop - first * self.k]
 
+    def offsets_at(self, seed: int, name: str, index: Tensor) -> Tensor:
+        """The elements at ``index`` (1-D int64, ascending) of the flattened global offsets tensor."""
+        if self.kind == "uniform":
+            return self.offsets(seed, name, 0, self.k, index.device)[index]
+        key = counter_random.signed(counter_random.key(seed, name, "support"))
+        tile, place = torch.unique_consecutive(index // self.k, return_inverse=True)
+        make = self._balanced if self.kind == "block" else self._independent
+        return make(key, tile).view(-1, self.k)[place, index % self.k]
+
     def _independent(self, key: int, tile: Tensor) -> Tensor:
         """k distinct positions for every tile, sorted, by Floyd's sampling (CACM 30(9), 1987)."""
         offsets: Tensor = distinct_offsets(key, tile, self.positions, self.k)
@@ -211,11 +221,23 @@ class Support:
         """Which elements [start, stop) of the flattened global values lie in the logical matrix; bool."""
         area = self.tiles.block**2
         first, last = start // area, -(-stop // area)
-        offset = self.offsets(seed, name, first, last, device).long()
+        entry = torch.arange(first, last, device=device)
+        mask = self._inside(entry, self.offsets(seed, name, first, last, device))
+        return mask.view(-1)[start - first * area : stop - first * area]
+
+    def inside_at(self, seed: int, name: str, index: Tensor) -> Tensor:
+        """Which elements at ``index`` (1-D int64, ascending) of the flattened global values lie there; bool."""
+        area = self.tiles.block**2
+        entry, place = torch.unique_consecutive(index // area, return_inverse=True)
+        return self._inside(entry, self.offsets_at(seed, name, entry))[place, index % area]
+
+    def _inside(self, entry: Tensor, offset: Tensor) -> Tensor:
+        """Which elements of blocks ``entry`` (positions in the flattened offsets) lie in the logical matrix, [n, area]."""
+        offset = offset.long()
         if self.kind == "uniform":
             row, column = offset // self.shape[1], offset % self.shape[1]
         else:
-            tile = torch.arange(first, last, device=device) // self.k
+            tile = entry // self.k
             row = tile // self.grid[1] * self.tiles.tile_out
             column = tile % self.grid[1] * self.tiles.tile_in
             along_in = self.tiles.tile_out == self.tiles.block
@@ -223,23 +245,31 @@ class Support:
                 column = column + offset * self.tiles.block
             else:
                 row = row + offset * self.tiles.block
-        step = torch.arange(area, device=device)
+        step = torch.arange(self.tiles.block**2, device=entry.device)
         row = row[:, None] + step // self.tiles.block
         column = column[:, None] + step % self.tiles.block
-        mask = (row < self.logical[0]) & (column < self.logical[1])
-        return mask.view(-1)[start - first * area : stop - first * area]
+        return (row < self.logical[0]) & (column < self.logical[1])
 
 
-def partial_hash(seed: int, name: str, start: int, offsets: Tensor) -> int:
-    """Hash of elements [start, start + n) of a layer's flattened global offsets, as a number mod 2**64.
+def partial_hash(
+    seed: int,
+    name: str,
+    start: int,
+    offsets: Tensor,
+    place: Callable[[Tensor], Tensor] | None = None,
+) -> int:
+    """Hash of elements [start, start + n) of a layer's flattened offsets, as a number mod 2**64.
 
     Sums over any partition of the elements give the same total, so the hash of a model's support is
     free of layout: add up what every rank holds, each element once.
+
+    place: where elements of a part stand in the flattened global tensor; None: where they stand here.
     """
     total = 0
     stream = counter_random.key(seed, name, "hash")
     for begin in range(0, offsets.numel(), _CHUNK):
         part = offsets.reshape(-1)[begin : begin + _CHUNK].long()
         index = torch.arange(start + begin, start + begin + part.numel(), device=offsets.device)
+        index = index if place is None else place(index)
         total += int(counter_random.mix64(counter_random.hash64(stream, index) + part).sum())
     return total & 0xFFFFFFFFFFFFFFFF

@@ -22,12 +22,15 @@ from sltrain_dist.config import TrainConfig
 from sltrain_dist.data import Data, open_data, prepare_data
 from sltrain_dist.model.backends import resolve_attention, resolve_norm
 from sltrain_dist.model.llama import Llama
+from sltrain_dist.model.tensor_parallel import parallelize
 from sltrain_dist.ops import kernels
 from sltrain_dist.optim.table import OptimizerFactory, assert_live
-from sltrain_dist.parallel.engine import Engine, build_engine
+from sltrain_dist.parallel.engine import Engine, ModelFactory, build_engine
 from sltrain_dist.parallel.mesh import Mesh, gather_objects, gather_patiently
+from sltrain_dist.parallel.tensor import TensorParallel, tensor_parallel
 from sltrain_dist.params import count_parameters
 from sltrain_dist.train.checkpoint import Found, find, load
+from sltrain_dist.train.init_from import start_from
 from sltrain_dist.train.linear_paths import LinearPaths, decide
 from sltrain_dist.train.run_folder import Records, choose_folder, claim_folder, lock_folder
 from sltrain_dist.train.summary import estimate_memory, peak_memory, print_summary, say
@@ -95,19 +98,23 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     dtype, model = getattr(torch, config.engine.dtype), config.model
     attention = resolve_attention(config.attention, mesh.device, dtype, model.head_dim)
     norm = resolve_norm(config.norm, mesh.device, dtype, model.hidden_size)
-    blank = make_model(config, attention, norm, device="meta", dtype=torch.float32)
+    tp = tensor_parallel(mesh, config.engine)
+    blank = make_model(config, attention, norm, None, tp, device="meta", dtype=torch.float32)
     parameters = count_parameters(blank)
     baseline = peak_memory(mesh)
     _check_kernels(mesh)
     paths = on_first(mesh, lambda: decide(config, blank, mesh.device, found.folder), patient=True)
-    factory = partial(make_model, config, attention, norm, paths)
+    factory: ModelFactory = partial(make_model, config, attention, norm, paths, tp)
+    if config.init_from and found.folder is None:
+        factory = start_from(factory, config, mesh, data.tokenizer)
     _seed(config.engine.seed, mesh.dp_rank)
     optimizer = OptimizerFactory(config.optimizer)
     engine = build_engine(factory, mesh, config.engine, optimizer, config.method.seed)
     assert_live(engine.optimizer, config.optimizer)
     records = Records(folder, mesh.is_first)
     tracker = open_tracker(config, folder) if mesh.is_first else NoTracker()
-    estimate = estimate_memory(config, parameters, mesh.dp_size, paths)
+    sharding = mesh.shard_size if config.engine.engine == "fsdp" else mesh.dp_size
+    estimate = estimate_memory(config, parameters, sharding, paths)
     run = Run(
         config, mesh, data, engine, records, tracker, parameters, estimate, paths, baseline,
         lock=lock,
@@ -124,11 +131,12 @@ def make_model(
     attention: str,
     norm: str,
     paths: LinearPaths | None = None,
+    tp: TensorParallel | None = None,
     *,
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """The model with uninitialised parameters and chosen paths, compiled block by block where asked."""
+    """The model with uninitialised parameters, cut over tensor-parallel ranks, with chosen paths, compiled where asked."""
     options: dict[str, Any] = {
         "checkpointing": config.activation_checkpointing,
         "device": device,
@@ -140,6 +148,8 @@ def make_model(
         model: Any = HFLlama(config.model, config.method, **options)
     else:
         model = Llama(config.model, config.method, attention=attention, norm=norm, **options)
+    if tp is not None:
+        parallelize(model, tp)
     if paths is not None:
         paths.apply(model)
     if config.compile != "none":

@@ -74,8 +74,11 @@ def write_text(
     key = counter_random.key(seed, "sample")
     with torch.no_grad():
         for number in range(count):
-            context = torch.tensor([tokens[-window:]], device=device)
-            logits = module(context)[0, -1].double().cpu()
+            context = tokens[-window:]
+            # Sequence parallelism wants a multiple of its ranks; nothing looks at what follows it.
+            padding = [0] * (-len(context) % engine.mesh.tp_size)
+            logits = module(torch.tensor([context + padding], device=device))
+            logits = logits[0, len(context) - 1].double().cpu()
             cumulative = torch.softmax(logits / temperature, 0).cumsum(0)
             draw = counter_random.uniform(key, torch.tensor([number])) * cumulative[-1]
             token = int(torch.searchsorted(cumulative, draw).clamp(max=len(cumulative) - 1))

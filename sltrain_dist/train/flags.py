@@ -96,8 +96,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "run": (
         Flag("save_dir", "folder of the run; derived: runs/MODEL-METHOD-TIME"),
         Flag("continue_from", "a run folder, one of its step_N, or auto: the newest whole checkpoint in save_dir"),
+        Flag("init_from", "start from the weights of a run, a step_N, a factored or an HF LLaMA folder; optimizer and data start anew"),
         Flag("save_every", "updates between checkpoints; 0: only at the end", 1000, int),
         Flag("keep_last", "checkpoints kept; 0: all", 3, int),
+        Flag("async_save", "write checkpoints beside training, from a copy in host memory; auto: on CUDA where it has room",
+             "auto", choices=("auto", "yes", "no")),
         Flag("eval_every", "updates between evaluations; 0: only at the end", 1000, int),
         Flag("eval_tokens", "tokens of the held-out split evaluated, with K, M or B", "10M", token_count),
         Flag("eval_mode", "exact mean over tokens, or the reference's (n + 1 batches: 1.5-2%% too low)", "exact",
@@ -111,6 +114,10 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "engine": (
         Flag("engine", "derived: zero where --ds_config is given, else fsdp", choices=("fsdp", "zero")),
         Flag("ds_config", 'DeepSpeed JSON; values "auto" are filled from these flags'),
+        Flag("tensor_parallel", "ranks that every layer is cut over, neighbours on one machine", 1, int),
+        Flag("sequence_parallel", "with --tensor_parallel: norms and residuals on a part of the positions each", False, None),
+        Flag("replicate", "fsdp: copies of the model kept beside each other, each sharded over the other ranks (HSDP)", 1, int),
+        Flag("shard", "fsdp: ranks a copy is sharded over; derived: data-parallel ranks / --replicate", kind=int),
         Flag("dtype", "number format of compute; derived: bfloat16 on CUDA, else float32"),
         Flag("master_weights", "fp32 weights beside bfloat16 compute, or none (with the reference's flags and fsdp: none)", "fp32", choices=("fp32", "none")),
         Flag("grad_sync", "fsdp: reduce gradients each micro-batch, or once an update", "each", choices=("each", "last")),

@@ -23,9 +23,12 @@ from sltrain_dist.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from sltrain_dist.model.llama import Llama
+from sltrain_dist.model.tensor_parallel import check_tensor_parallel
 from sltrain_dist.optim.schedule import check_schedule
 from sltrain_dist.optim.table import OptimizerFactory
 from sltrain_dist.parallel.ds_config import load_ds_config, resolve_ds_config, stage_of
+from sltrain_dist.parallel.mesh import check_axes
 from sltrain_dist.train.flags import DTYPES, FLAGS, REFERENCE_DEFAULTS, explicit, token_count
 from sltrain_dist.utils.errors import UserError
 
@@ -33,7 +36,8 @@ _LARGEST_MICRO_BATCH = 16
 _SEEDS = 2**31  # fits every generator that a seed goes to
 POSITIVE = ("rank", "block_size", "max_length", "batch_size", "total_batch_size", "timeout",
             "gradient_accumulation", "num_training_steps", "max_train_tokens", "lr", "eps",
-            "lora_alpha", "tokenizer_vocab", "cycle_length", "eval_tokens")  # fmt: skip
+            "lora_alpha", "tokenizer_vocab", "cycle_length", "eval_tokens",
+            "tensor_parallel", "replicate", "shard")  # fmt: skip
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "grad_clipping", "save_every", "eval_every",
                 "keep_last", "workers", "lora_dropout", "beta1", "min_lr_ratio")  # fmt: skip
 BELOW_ONE = ("lora_dropout", "beta1")
@@ -63,9 +67,10 @@ def resolve(arguments: Sequence[str], world_size: int) -> TrainConfig:
         settings["workers"] = min(settings["workers"], os.cpu_count() or 1)
     settings |= _from_ds_config(ds_config) | given
     _check_ranges(settings)
-    _finish_batches(settings, given, world_size)
+    dp_size = _finish_axes(settings, world_size)
+    _finish_batches(settings, given, dp_size)
     _finish_steps(settings, given, model)
-    return _build(settings, model, ds_config, arguments, world_size)
+    return _build(settings, model, ds_config, arguments, dp_size)
 
 
 def _merge_names(given: dict[str, Any]) -> None:
@@ -156,20 +161,56 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         raise UserError(f"--sp_ratio {settings['sp_ratio']}: the density must lie in (0, 1)")
 
 
-def _finish_batches(settings: dict[str, Any], given: dict[str, Any], world_size: int) -> None:
+def _finish_axes(settings: dict[str, Any], world_size: int) -> int:
+    """Check the axes that ranks stand on against each other and their number; returns data-parallel ranks."""
+    tensor_parallel, replicate, shard = (
+        settings["tensor_parallel"], settings["replicate"], settings["shard"],
+    )  # fmt: skip
+    check_axes(world_size, tensor_parallel, replicate)
+    dp_size = int(world_size // tensor_parallel)
+    if shard is not None and replicate * shard != dp_size:
+        raise UserError(
+            f"--shard {shard}: x --replicate {replicate} is {replicate * shard}, but there are {dp_size} data-parallel"
+            " ranks; leave one of the two out"
+        )
+    if settings["single_gpu"] and world_size > 1:
+        raise UserError(
+            f"--single_gpu: the run was started on {world_size} ranks; start one process"
+        )
+    if not settings["sequence_parallel"]:
+        return dp_size
+    if tensor_parallel == 1:
+        raise UserError(
+            "--sequence_parallel: cuts positions over tensor-parallel ranks; add --tensor_parallel 2 or more"
+        )
+    if settings["max_length"] % tensor_parallel:
+        raise UserError(
+            f"--max_length {settings['max_length']}: --sequence_parallel cuts it over {tensor_parallel} ranks; take a"
+            f" multiple of {tensor_parallel}"
+        )
+    if settings["use_hf_model"]:
+        raise UserError(
+            "--sequence_parallel: transformers' decoder (--use_hf_model) cannot; drop one of them"
+        )
+    return dp_size
+
+
+def _finish_batches(settings: dict[str, Any], given: dict[str, Any], dp_size: int) -> None:
     """Fix micro-batch, accumulation and total, each derived from the others where it was not given."""
     batch, total, steps = (
         settings["batch_size"], settings["total_batch_size"], settings["gradient_accumulation"],
     )  # fmt: skip
     if "total_batch_size" not in given and steps is not None and batch is not None:
-        total = batch * steps * world_size
+        total = batch * steps * dp_size
     if total is None:
         batch = batch or 8
-        total = batch * (steps or 1) * world_size
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    if total % world_size:
+        total = batch * (steps or 1) * dp_size
+    ranks = (
+        f"{dp_size} {'data-parallel ' * (settings['tensor_parallel'] > 1)}rank{'s' * (dp_size > 1)}"
+    )
+    if total % dp_size:
         raise UserError(f"--total_batch_size {total}: not divisible by {ranks}")
-    per_rank = total // world_size
+    per_rank = total // dp_size
     if batch is None:
         share = per_rank // steps if steps and per_rank % steps == 0 else per_rank
         batch = (
@@ -180,17 +221,15 @@ def _finish_batches(settings: dict[str, Any], given: dict[str, Any], world_size:
     if per_rank % batch:
         raise UserError(
             f"--total_batch_size {total}: not divisible by --batch_size {batch} x {ranks}; "
-            f"the nearest multiple is {max(1, round(total / batch / world_size)) * batch * world_size}"
+            f"the nearest multiple is {max(1, round(total / batch / dp_size)) * batch * dp_size}"
         )
-    if steps is not None and batch * steps * world_size != total:
+    if steps is not None and batch * steps * dp_size != total:
         raise UserError(
             f"--gradient_accumulation {steps}: x --batch_size {batch} x {ranks} is "
-            f"{batch * steps * world_size}, not --total_batch_size {total}; leave one of them out"
+            f"{batch * steps * dp_size}, not --total_batch_size {total}; leave one of them out"
         )
     settings |= {"batch_size": batch, "total_batch_size": total,
                  "gradient_accumulation": per_rank // batch}  # fmt: skip
-    if settings["single_gpu"] and world_size > 1:
-        raise UserError(f"--single_gpu: the run was started on {ranks}; start one process")
 
 
 def _finish_steps(settings: dict[str, Any], given: dict[str, Any], model: ModelConfig) -> None:
@@ -239,9 +278,7 @@ def _betas(text: str) -> tuple[float, float]:
     return first, second
 
 
-def _engine(
-    settings: dict[str, Any], ds_config: dict[str, Any] | None, world_size: int
-) -> EngineConfig:
+def _engine(settings: dict[str, Any], ds_config: dict[str, Any] | None) -> EngineConfig:
     engine: Literal["fsdp", "zero"] = settings["engine"] or (
         "zero" if ds_config is not None else "fsdp"
     )
@@ -253,6 +290,11 @@ def _engine(
         raise UserError(
             f"--engine fsdp: contradicts --ds_config {settings['ds_config']}; drop one of them"
         )
+    if engine == "zero" and settings["replicate"] > 1:
+        raise UserError(
+            f"--replicate {settings['replicate']}: is for --engine fsdp; a DeepSpeed JSON has"
+            ' "zero_optimization.zero_hpz_partition_size"'
+        )
     dtype = _dtype(settings)
     stage = stage_of(ds_config) if ds_config is not None else 0
     return EngineConfig(
@@ -262,6 +304,9 @@ def _engine(
         dtype=dtype,
         master_weights=settings["master_weights"] == "fp32" or dtype == "float32",
         grad_sync=settings["grad_sync"],
+        tensor_parallel=settings["tensor_parallel"],
+        sequence_parallel=settings["sequence_parallel"],
+        replicate=settings["replicate"],
         batch_size=settings["batch_size"],
         gradient_accumulation=settings["gradient_accumulation"],
         seed=settings["seed"],
@@ -293,12 +338,20 @@ def _check_linear_path(settings: dict[str, Any]) -> None:
         )
 
 
+def _check_start(settings: dict[str, Any]) -> None:
+    source, checkpoint = settings["init_from"], settings["continue_from"]
+    if source and checkpoint not in (None, "auto"):
+        raise UserError(
+            f"--init_from {source}: --continue_from {checkpoint} brings its own weights; drop one of the two"
+        )
+
+
 def _build(
     settings: dict[str, Any],
     model: ModelConfig,
     ds_config: dict[str, Any] | None,
     arguments: Sequence[str],
-    world_size: int,
+    dp_size: int,
 ) -> TrainConfig:
     """Assemble the dataclasses from finished settings."""
     method = MethodConfig(
@@ -338,14 +391,17 @@ def _build(
         cycle_length=settings["cycle_length"],
         grad_clipping=settings["grad_clipping"],
     )
-    engine = _engine(settings, ds_config, world_size)
+    engine = _engine(settings, ds_config)
     OptimizerFactory(optimizer)
     check_schedule(optimizer)
     if ds_config is not None:
-        resolve_ds_config(ds_config, engine, optimizer, world_size)
+        resolve_ds_config(ds_config, engine, optimizer, dp_size)
     _check_linear_path(settings)
+    _check_start(settings)
     if settings["use_hf_model"]:
         _check_hf_model(settings)
+    if engine.tensor_parallel > 1:
+        check_tensor_parallel(Llama(model, method), engine.tensor_parallel)
     return TrainConfig(
         model=model,
         method=method,
@@ -356,9 +412,11 @@ def _build(
         eval_every=settings["eval_every"],
         save_every=settings["save_every"],
         keep_last=settings["keep_last"],
+        async_save=settings["async_save"],
         eval_mode=settings["eval_mode"],
         save_dir=settings["save_dir"] or "",
         continue_from=settings["continue_from"],
+        init_from=settings["init_from"],
         attention=settings["attention"],
         norm=settings["norm"],
         linear_path=settings["linear_path"],

@@ -1,6 +1,7 @@
 """What a user reads before training: the run in a screenful, and an estimate of its memory.
 
 The estimate adds up, per rank, with P trained elements, n ranks, w bytes a weight:
+    (under tensor parallelism P, states and indices are first divided by its ranks t)
     weights     P w, over n under ZeRO-3 and FSDP2; plus the fp32 master, 4 P, sharded from ZeRO-1 on
     gradients   4 P (accumulated in fp32), over n from ZeRO-2 on
     optimizer   4 P for each state, over n from ZeRO-1 on
@@ -45,7 +46,8 @@ def estimate_memory(
     """Bytes per rank by purpose (see the top of this file), and their "total"."""
     engine, model = config.engine, config.model
     stage = 3 if engine.engine == "fsdp" else engine.stage
-    elements, half = parameters["total"], engine.dtype == "bfloat16"
+    tp = engine.tensor_parallel
+    elements, half = parameters["total"] // tp, engine.dtype == "bfloat16"
     width = 2 if half else 4
     states = 4 * _STATES.get(config.optimizer.name, 2) * elements
     if not engine.master_weights and engine.engine == "fsdp":
@@ -55,7 +57,9 @@ def estimate_memory(
     tokens = engine.batch_size * config.data.sequence_length
     hidden, ff = model.hidden_size, model.padded_intermediate_size
     kv = hidden * model.num_key_value_heads // model.num_attention_heads
-    layer = (7 * hidden + 3 * ff + kv) * width
+    # whole between the regions but for sequence parallelism; inside them a part of heads and of F
+    outside = 3 * hidden // (tp if engine.sequence_parallel else 1)
+    layer = (outside + (4 * hidden + 3 * ff + kv) // tp) * width
     if "factorized" in paths.chosen.values() and paths.keeps_hidden:
         layer += 7 * config.method.rank * width
     layers = model.num_hidden_layers
@@ -64,15 +68,17 @@ def estimate_memory(
     else:
         activations = tokens * layer * layers
     if "composed" in paths.chosen.values():
-        activations += 2 * hidden * ff * width
+        activations += 2 * hidden * ff // tp * width
     elif "factorized" in paths.chosen.values():
+        ff //= tp
         entries, threads = int(config.method.density * hidden * ff), torch.get_num_threads()
         rank = config.method.rank
         activations += factorized.workspace_bytes(ff, hidden, entries, rank, tokens, threads)[
             "backward"
         ]
     chunk = min(tokens, _LOSS_CHUNK)
-    loss = 2 * 4 * chunk * model.padded_vocab_size + 4 * model.padded_vocab_size * hidden
+    vocabulary = model.padded_vocab_size // tp
+    loss = 2 * 4 * chunk * vocabulary + 4 * vocabulary * hidden
 
     def sharded(size: int, from_stage: int) -> int:
         return size // ranks if stage >= from_stage else size
@@ -81,7 +87,7 @@ def estimate_memory(
         "weights": sharded(weights, 3) + sharded(master, 1),
         "gradients": sharded(4 * elements, 2),
         "optimizer": sharded(states, 1),
-        "indices": sharded(parameters["indices_bytes"], 3),
+        "indices": sharded(parameters["indices_bytes"] // tp, 3),
         "activations": activations,
         "loss": loss,
     }
@@ -143,11 +149,11 @@ def print_summary(run: "Run", attention: str, norm: str) -> None:
         f"indices {counts['indices_bytes'] / 1e6:.2f} MB",
         "data": run.data.description,
         "optimizer": _optimizer(run),
-        "engine": f"{run.engine.name} on {run.mesh.world_size} x {run.mesh.device.type}, {_formats(config)}",
+        "engine": f"{run.engine.name} on {run.mesh.world_size} x {run.mesh.device.type}{_axes(run)}, {_formats(config)}",
         "linear paths": run.linear_paths.describe(run.engine.module),
         "back ends": f"attention {attention}, norm {norm}, compile {config.compile}, tracker {run.tracker.description}",
         "batch": f"{config.total_batch_size} sequences x {config.data.sequence_length} tokens = "
-        f"{engine.batch_size} x {run.mesh.dp_size} ranks x {engine.gradient_accumulation} micro-batches",
+        f"{engine.batch_size} x {run.mesh.dp_size} {'data-parallel ' * (run.mesh.tp_size > 1)}ranks x {engine.gradient_accumulation} micro-batches",
         "training": f"{left:,} updates, {left * config.tokens_per_update:,} tokens planned",
         "memory": f"about {human_bytes(run.estimate['total'])} a rank: {parts}",
     }
@@ -176,6 +182,17 @@ def _optimizer(run: "Run") -> str:
         f"{config.warmup_steps} warm-up updates, weight decay {config.weight_decay:g}, "
         f"clip {config.grad_clipping or 'off'}"
     )
+
+
+def _axes(run: "Run") -> str:
+    """What the ranks do, where they do not all hold other samples and other shards."""
+    mesh, text = run.mesh, ""
+    if mesh.tp_size > 1:
+        sequence = " with sequence parallel" if run.config.engine.sequence_parallel else ""
+        text = f": tensor parallel {mesh.tp_size}{sequence} x data parallel {mesh.dp_size}"
+    if mesh.replicate_size > 1:
+        text += f", {mesh.replicate_size} replicas of {mesh.shard_size} shards"
+    return text
 
 
 def _formats(config: TrainConfig) -> str:

@@ -41,7 +41,7 @@ def under_fsdp2(mesh: Any, config: ModelConfig) -> list[Result]:
         specs = collect_specs(model)
         policy = MixedPrecisionPolicy(param_dtype=dtype)
         for part in (*model.blocks, model):
-            fully_shard(part, mesh=mesh.device_mesh, mp_policy=policy)
+            fully_shard(part, mesh=mesh.data_mesh, mp_policy=policy)
         model.to_empty(device="cpu")
         model.tie_weights()
         with torch.no_grad():

@@ -16,9 +16,9 @@ import torch
 
 from sltrain_dist.config import MethodConfig, ModelConfig, OptimizerConfig
 from sltrain_dist.optim import OptimizerFactory, assert_live
-from sltrain_dist.parallel.engine import Engine, build_engine
+from sltrain_dist.parallel.engine import Engine, add_hashes, build_engine, check_support
 from sltrain_dist.parallel.mesh import Mesh, sum_over_ranks
-from sltrain_dist.parallel.zero import check_replicas
+from sltrain_dist.params import collect_specs
 from sltrain_dist.utils.errors import UserError
 from tests.parallel import tiny
 from tests.ranks import run_ranks
@@ -173,9 +173,16 @@ def _adafactor(mesh: Mesh) -> None:
 
 
 def _other_support_on_one_rank(mesh: Mesh) -> None:
-    check_replicas(mesh, 5)
-    with pytest.raises(RuntimeError, match="the support on rank 1 differs from rank 0's"):
-        check_replicas(mesh, mesh.rank)
+    assert add_hashes(mesh, 5, ranks_with_same=2) == 5
+    assert add_hashes(mesh, 5) == 10
+    with pytest.raises(UserError, match="the support on rank 1 differs from rank 0's"):
+        add_hashes(mesh, mesh.rank, ranks_with_same=2)
+    specs = collect_specs(tiny.tiny_factory()(device="meta", dtype=torch.float32))
+    check_support(mesh, specs, 3)
+    with pytest.raises(
+        UserError, match="--seed 0: rank 1 makes another sparse support than rank 0"
+    ):
+        check_support(mesh, specs, mesh.rank)
 
 
 def _older_torch(mesh: Mesh) -> None:
