@@ -1,5 +1,7 @@
 """Inputs shared by the launcher tests."""
 
+import os
+
 import pytest
 
 from tests.launcher import tiny
@@ -28,3 +30,17 @@ def bare(monkeypatch):
         monkeypatch.setenv(name, "")  # so that monkeypatch restores whatever the run sets
         monkeypatch.delenv(name)
     return pretrain.main
+
+
+@pytest.fixture(scope="session")
+def trained(inputs, tmp_path_factory):
+    """A finished run of six updates with its last checkpoint; to be read, never written."""
+    from launcher import pretrain
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    before = dict(os.environ)
+    code = pretrain.main(tiny.flags(inputs, folder, save_every=0, eval_every=0))
+    os.environ.clear()
+    os.environ.update(before)
+    assert code == 0
+    return folder
