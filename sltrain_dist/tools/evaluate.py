@@ -25,7 +25,6 @@ from sltrain_dist.data.evaluation import Evaluation
 from sltrain_dist.data.index import open_split
 from sltrain_dist.data.samples import make_samples
 from sltrain_dist.data.tokenizer import Tokenizer
-from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.mesh import Mesh, gather_patiently
 from sltrain_dist.tools.inference import (
     check_length,
@@ -82,8 +81,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class _Standing:
-    """A model that is only called: what `train.evaluate.evaluate` needs of an engine."""
+class _Whole:
+    """A whole model on every rank, in the place of an engine."""
 
     module: nn.Module
     mesh: Mesh
@@ -106,7 +105,7 @@ def run(request: Request, mesh: Mesh) -> dict[str, Any]:
         model = load_model(pretrained, mesh.device, settings.dtype, merged)
         choose_paths(model, settings.batch_size * length)
         batches = itertools.chain.from_iterable(held)
-        loss, tokens = evaluate(cast(Engine, _Standing(model, mesh)), batches, settings.mode)
+        loss, tokens = evaluate(_Whole(model, mesh), batches, settings.mode)
     except torch.OutOfMemoryError:
         raise UserError(
             f"--batch_size {settings.batch_size}: out of memory on {mesh.device}; take a smaller one"

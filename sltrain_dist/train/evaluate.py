@@ -5,18 +5,33 @@ Both run on all ranks: a sharded model can only be called by everyone together.
 
 import math
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.mesh import sum_over_ranks
+from sltrain_dist.parallel.mesh import Mesh, sum_over_ranks
 from sltrain_dist.utils import counter_random
 
 Batch = dict[str, Tensor]
 
 
-def evaluate(engine: Engine, batches: Iterable[Batch], mode: str = "exact") -> tuple[float, int]:
+class Standing(Protocol):
+    """What evaluation needs: an engine has it, and so has a whole model on every rank."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks that share the batches."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """Called as ``module(tokens, labels)``."""
+        ...
+
+
+def evaluate(engine: Standing, batches: Iterable[Batch], mode: str = "exact") -> tuple[float, int]:
     """Mean loss (nats per token) over held-out batches, and the tokens it was taken over.
 
     Args:
