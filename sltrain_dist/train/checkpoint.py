@@ -1,89 +1,32 @@
-"""Save a run and bring it back: one format for every engine and number of ranks (DESIGN section 7).
+"""Save a run and bring it back: one format for every engine and layout of ranks (DESIGN section 7).
 
-A save goes through three functions, so that an asynchronous one can later run the last two beside
-training: ``stage`` (what is saved, as it is now), ``write`` (bytes to ``step_N.tmp``) and ``commit``
-(all ranks agree, the folder gets its name, ``latest`` follows, old ones go). When the disk fails on
-any rank, no rank commits, the checkpoints that stand are untouched and training may go on.
+How a save goes: checkpoint_write; beside training: checkpoint_async; what lies on the disk:
+checkpoint_folder; tensors and random states: checkpoint_tensors; which folder is meant: checkpoint_find.
 
 Loading refuses, before anything in the engine is touched, a checkpoint of another model, method,
-support or optimizer, and names the first difference. Folder anatomy: checkpoint_folder; tensors and
-random states: checkpoint_tensors; which folder is meant: checkpoint_find.
+support or optimizer, and names the first difference (checkpoint_identity).
 """
 
-import contextlib
 import dataclasses
-import functools
-import importlib.metadata
 import json
-import platform
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from torch.distributed.tensor import DTensor
+from typing import Any
 
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.ops.linear import PATHS
 from sltrain_dist.ops.linear import Path as LinearPath
-from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.mesh import Mesh, gather_objects
+from sltrain_dist.parallel.engine import MODEL, Engine
+from sltrain_dist.parallel.mesh import Mesh
 from sltrain_dist.params import paths
 from sltrain_dist.train.checkpoint_find import Found, find, verify
-from sltrain_dist.train.checkpoint_folder import (
-    LATEST,
-    STATE,
-    TEMPORARY,
-    Manifest,
-    clean,
-    entries,
-    prune,
-    publish,
-    record,
-    write_json,
-    write_manifest,
-)
+from sltrain_dist.train.checkpoint_folder import STATE
 from sltrain_dist.train.checkpoint_identity import changes, check_identity
-from sltrain_dist.train.checkpoint_tensors import (
-    SaveError,
-    describe,
-    own_tensor_files,
-    random_state,
-    read_tensors,
-    reason,
-    restore_random_state,
-    write_tensors,
-)
+from sltrain_dist.train.checkpoint_tensors import describe, read_tensors, restore_random_state
+from sltrain_dist.train.checkpoint_write import FORMAT, Progress, Saved, hexadecimal, stage, store
 from sltrain_dist.utils.errors import UserError
 
-__all__ = ["Found", "Progress", "Resumed", "Saved", "find", "load", "save", "verify"]
-
-FORMAT = "sltrain_dist checkpoint 1"
-_VERSIONED = ("torch", "numpy", "safetensors", "deepspeed", "transformers", "tokenizers")
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training stands, besides tensors; all JSON-able.
-
-    ``step`` counts finished updates, ``tokens_seen`` the tokens they trained on; ``data`` is the
-    data position and ``metrics`` what the metrics file needs to continue (its length in bytes).
-    """
-
-    step: int
-    tokens_seen: int
-    data: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Outcome of a save: the new folder, or None where nothing was saved; lines to print."""
-
-    folder: Path | None
-    warnings: tuple[str, ...] = ()
+__all__ = ["FORMAT", "Found", "Progress", "Resumed", "Saved", "find", "load", "save", "verify"]
 
 
 @dataclass(frozen=True)
@@ -95,172 +38,13 @@ class Resumed:
     messages: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Staged:
-    """All that a checkpoint will hold. The tensors are the engine's own: write before the next step."""
-
-    tensors: dict[str, DTensor]
-    document: dict[str, Any]
-    random: dict[str, Any]
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def _together(mesh: Mesh, action: Callable[[], T]) -> list[T]:
-    """Run ``action`` on every rank and return all results; collective.
-
-    Raises:
-        SaveError: on all ranks, when the operating system failed on any.
-    """
-    outcome: tuple[T | None, str | None]
-    try:
-        outcome = (action(), None)
-    except (OSError, MemoryError) as error:
-        outcome = (None, reason(error))
-    everyone = gather_objects(mesh, outcome)
-    failures = [f"{text} (rank {rank})" for rank, (_, text) in enumerate(everyone) if text]
-    if failures:
-        raise SaveError(failures[0])
-    return [value for value, _ in everyone]
-
-
-def _on_first(mesh: Mesh, action: Callable[[], T]) -> T:
-    """``_together`` for work that rank 0 does for all; every rank gets its result."""
-    results = _together(mesh, lambda: action() if mesh.is_first else None)
-    shared: Any = results[0]
-    return shared  # type: ignore[no-any-return]
-
-
-def stage(engine: Engine, progress: Progress, config: TrainConfig) -> Staged:
-    """Collect what to save; collective. No tensor is copied that the engine does not have to copy."""
-    tensors = engine.state()
-    document = {
-        "format": FORMAT,
-        **dataclasses.asdict(progress),
-        "engine": engine.name,
-        "world_size": engine.mesh.world_size,
-        "scalars": engine.scalars(),
-        "support_hash": _hexadecimal(engine.support_hash()),
-        "linear_paths": paths.assigned(engine.module),
-        "model": dataclasses.asdict(config.model),
-        "method": dataclasses.asdict(config.method),
-        "config": config.to_json(),
-        "versions": _versions(),
-        "tensors": describe(tensors),
-    }
-    # Through JSON here, where all ranks do it: what cannot be saved must not fail on rank 0 alone.
-    return Staged(tensors, json.loads(json.dumps(document)), random_state())
-
-
-def _hexadecimal(number: int) -> str:
-    return f"{number & (2**64 - 1):016x}"
-
-
-def write(staged: Staged, folder: Path, mesh: Mesh) -> dict[str, tuple[int, str]]:
-    """Write this rank's files into ``folder`` and force them to the disk; collective.
-
-    Returns:
-        The manifest entries of all ranks' files, on every rank.
-
-    Raises:
-        SaveError: on all ranks, when the disk failed on any.
-    """
-    write_tensors(folder, staged.tensors, mesh.world_size)
-
-    def finish() -> dict[str, tuple[int, str]]:
-        random_path = folder / f"rng-{mesh.rank:05d}.json"
-        write_json(random_path, staged.random, indent=None)
-        own = [*own_tensor_files(folder, mesh.rank), random_path]
-        if mesh.is_first:
-            write_json(folder / STATE, staged.document)
-            own.append(folder / STATE)
-        return {path.name: record(path) for path in own}
-
-    files: dict[str, tuple[int, str]] = {}
-    for part in _together(mesh, finish):
-        files.update(part)
-    return files
-
-
-def commit(
-    temporary: Path, final: Path, files: dict[str, tuple[int, str]], step: int, keep_last: int
-) -> list[str]:
-    """Make a written folder a checkpoint; rank 0 only, after all ranks have written.
-
-    Returns:
-        Warnings about old checkpoints that could not be deleted.
-
-    Raises:
-        OSError: the checkpoint was not published.
-    """
-    strange = {path.name for path in temporary.iterdir()} - files.keys()
-    if strange:  # torch changed its file names, or another run writes here
-        raise OSError(f"unexpected files in {temporary}: {', '.join(sorted(strange))}")
-    listed = entries(final.parent)
-    hidden = sum(
-        not entry.sealed for entry in listed
-    )  # their serials, unknown now, are passed over
-    serial = 1 + hidden + max((entry.serial for entry in listed), default=0)
-    write_manifest(temporary, Manifest(step, serial, files))
-    publish(temporary, final)
-    try:
-        prune(final.parent, keep_last)
-    except OSError as error:
-        return [f"an old checkpoint in {final.parent} could not be deleted: {reason(error)}"]
-    return []
-
-
-def _prepare(save_dir: Path, temporary: Path) -> None:
-    save_dir.mkdir(parents=True, exist_ok=True)
-    clean(save_dir)
-    temporary.mkdir()
-
-
-def _abandon(save_dir: Path, temporary: Path) -> str:
-    """Remove a save that failed; returns the name of the newest checkpoint that stands."""
-    shutil.rmtree(temporary, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        (save_dir / (LATEST + TEMPORARY)).unlink(missing_ok=True)
-    try:
-        standing = entries(save_dir)
-    except OSError:
-        return "unknown"
-    return standing[-1].folder.name if standing else "none"
-
-
 def save(engine: Engine, progress: Progress, config: TrainConfig) -> Saved:
-    """Save a checkpoint as ``save_dir/step_N``; collective.
+    """Save a checkpoint as ``save_dir/step_N``; collective, and done when it returns.
 
-    A failure of the disk on any rank (full, quota, I/O error) is no exception: nothing is published,
-    the partial folder is removed and ``Saved.folder`` is None with one line that says why.
+    A failure of the disk is no exception: ``Saved.folder`` is None then (see ``store``).
     """
-    mesh, save_dir = engine.mesh, Path(config.save_dir)
-    final = save_dir / f"step_{progress.step}"
-    temporary = final.with_name(final.name + TEMPORARY)
-    try:
-        _on_first(mesh, lambda: _prepare(save_dir, temporary))
-        files = write(stage(engine, progress, config), temporary, mesh)
-        warnings = _on_first(
-            mesh, lambda: commit(temporary, final, files, progress.step, config.keep_last)
-        )
-    except SaveError as error:
-        standing = _abandon(save_dir, temporary) if mesh.is_first else ""
-        standing = gather_objects(mesh, standing)[0]
-        return Saved(
-            None,
-            (
-                f"checkpoint {final} was not saved: {error}; training goes on,"
-                f" the newest checkpoint is still {standing}",
-            ),
-        )
-    return Saved(final, tuple(warnings))
+    staged = stage(engine, progress, config)
+    return store(staged, Path(config.save_dir), config.keep_last, engine.mesh)
 
 
 def saved_linear_paths(folder: Path) -> dict[str, LinearPath]:
@@ -273,36 +57,52 @@ def saved_linear_paths(folder: Path) -> dict[str, LinearPath]:
 def load(folder: Path, engine: Engine, config: TrainConfig) -> Resumed:
     """Bring ``engine`` to the state saved in ``folder`` (which ``find`` has verified); collective.
 
-    The number of ranks and the engine may differ from those that saved. Random states are restored
-    only where both are the same.
+    The layout of ranks and the engine may differ from those that saved. Random states are restored
+    only where both are the same. Where the checkpoint holds weights alone, the optimizer starts anew.
 
     Raises:
         UserError: a checkpoint of another format, model, method, support or optimizer; the engine
             is then untouched.
         RuntimeError: a file could not be read after all.
     """
-    mesh = engine.mesh
     document = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if document.get("format") != FORMAT:
         raise UserError(
             f"--continue_from {folder}: format {document.get('format')!r},"
             f" this version reads {FORMAT!r}"
         )
-    support_hash = _hexadecimal(engine.support_hash())
+    support_hash = hexadecimal(engine.support_hash())
     state = engine.state()
-    messages = check_identity(document, describe(state), support_hash, config, folder)
+    stored = state
+    messages = []
+    if document.get("weights_only"):
+        stored = {name: tensor for name, tensor in state.items() if name.startswith(MODEL)}
+        messages.append("the checkpoint holds weights only: the optimizer's moments start at zero")
+    messages += check_identity(document, describe(stored), support_hash, config, folder)
     messages += changes(document, config, paths.assigned(engine.module))
-    read_tensors(folder, state)
+    read_tensors(folder, stored)
     engine.load_state(state, document["scalars"])
     exact = not messages
-    if (document["world_size"], document["engine"]) == (mesh.world_size, engine.name):
-        path = folder / f"rng-{mesh.rank:05d}.json"
+    if (layout := _other_layout(document, engine.name, engine.mesh)) is None:
+        path = folder / f"rng-{engine.mesh.rank:05d}.json"
         restore_random_state(json.loads(path.read_text(encoding="utf-8")))
     else:
         exact = False
-        messages.append(
-            f"saved by {document['world_size']} ranks of engine {document['engine']}, resumed by"
-            f" {mesh.world_size} of {engine.name}: random states start anew, not bit-exact"
-        )
+        messages.append(layout)
     progress = Progress(**{f.name: document[f.name] for f in dataclasses.fields(Progress)})
     return Resumed(progress, exact, tuple(messages))
+
+
+def _other_layout(document: dict[str, Any], engine: str, mesh: Mesh) -> str | None:
+    """A line where a checkpoint was saved by other ranks or another engine: random states mean nothing here."""
+    saved = (document["world_size"], document.get("tensor_parallel", 1), document["engine"])
+    here = (mesh.world_size, mesh.tp_size, engine)
+    if saved == here:
+        return None
+    tensor_parallel = ("", "")
+    if saved[1] != here[1]:
+        tensor_parallel = (f" (tensor parallel {saved[1]})", f" (tensor parallel {here[1]})")
+    return (
+        f"saved by {saved[0]} ranks of engine {saved[2]}{tensor_parallel[0]}, resumed by"
+        f" {here[0]} of {here[2]}{tensor_parallel[1]}: random states start anew, not bit-exact"
+    )

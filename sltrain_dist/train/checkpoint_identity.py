@@ -233,7 +233,8 @@ def check_identity(
             f"of another support: hash {document['support_hash']}, in this run {support_hash}",
             f"give --seed {document['method']['seed']}, which it was trained with",
         )
-    _check_optimizer(document, config, folder)
+    if not document.get("weights_only"):  # else any optimizer may start anew
+        _check_optimizer(document, config, folder)
     conversions += _check_tensors(document["tensors"], tensors, "optimizer.", folder)
     _check_data(document, config, folder)
     if not conversions:

@@ -5,14 +5,16 @@ holds, with their offsets in the safetensors header, and writes no ``.metadata``
 collects the shards of any number of ranks for any other. Seen on torch 2.13 to hold for uneven and
 empty shards, 0-dim tensors, uint8, int32 and bfloat16. Three of its limits are worked around here:
 
-* it builds each file as one bytes object on the host, so tensors are spread over files of about
-  ``FILE_BYTES`` and the extra memory stays at that size;
+* it builds each file in host memory, twice, so tensors are spread over files of about
+  ``FILE_BYTES`` and the extra memory stays at twice that size (or that of the largest shard);
 * it calls fsync before the last bytes leave Python's buffer, so the caller must sync files again;
 * its reader trusts the headers: a missing file would leave elements as they were. ``read_tensors``
-  counts the elements first (and the folder's manifest is checked before that).
+  checks first that every element is there (and the folder's manifest is checked before that).
+
+Nothing here knows how tensors are cut: torch asks the DTensors, on meshes of any number of axes, and
+has a part that several ranks hold written by one of them.
 """
 
-import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,17 +22,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-FILE_BYTES = 1 << 30  # of one rank's part in one file
+from sltrain_dist.train.checkpoint_shards import coverage_problem
+
+FILE_BYTES = 1 << 28  # of one rank's part in one file
 
 
 class SaveError(Exception):
@@ -53,12 +59,15 @@ def describe(tensors: dict[str, DTensor]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _file_numbers(tensors: dict[str, DTensor], world_size: int) -> dict[str, int]:
-    """File number (from 1) of every tensor; a function of global shapes, so equal on all ranks."""
+def _file_numbers(tensors: dict[str, DTensor]) -> dict[str, int]:
+    """File number (from 1) of every tensor, by the sizes of this rank's parts.
+
+    Torch takes the first rank's numbers for all; no rank's part of a tensor is larger than the first one's.
+    """
     numbers: dict[str, int] = {}
     number, filled = 1, 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size() // world_size
+        size = tensor.to_local().nbytes
         if filled and filled + size > FILE_BYTES:
             number, filled = number + 1, 0
         numbers[name] = number
@@ -83,15 +92,17 @@ def _collective(action: Callable[[], Any], what: str) -> None:
         raise RuntimeError(f"{what} failed: {error}") from None
 
 
-def write_tensors(folder: Path, tensors: dict[str, DTensor], world_size: int) -> None:
-    """Write this rank's shards into ``folder``; collective.
+def write_tensors(
+    folder: Path, tensors: dict[str, DTensor], group: ProcessGroup | None = None
+) -> None:
+    """Write this rank's shards into ``folder``; collective over ``group`` (None: the default one).
 
     Raises:
         SaveError: on all ranks, when the disk failed on any.
     """
     writer = HuggingFaceStorageWriter(
         str(folder),
-        fqn_to_index_mapping=_file_numbers(tensors, world_size),
+        fqn_to_index_mapping=_file_numbers(tensors),
         save_distributed=True,
     )
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -100,30 +111,46 @@ def write_tensors(folder: Path, tensors: dict[str, DTensor], world_size: int) ->
         for name, tensor in tensors.items()
     }
     _collective(
-        lambda: save(dense, storage_writer=writer, planner=planner),
+        lambda: save(dense, storage_writer=writer, planner=planner, process_group=group),
         f"writing {folder}",
     )
 
 
 def own_tensor_files(folder: Path, rank: int) -> list[Path]:
-    """The files ``write_tensors`` wrote for this rank (torch numbers ranks from 1)."""
+    """The files ``write_tensors`` wrote for this rank, maybe none (torch numbers ranks from 1)."""
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+
+
+class _Reader(HuggingFaceStorageReader):
+    """Reads the headers of all files once, where torch's would read them again for every use."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self._known: Metadata | None = None
+
+    def read_metadata(self) -> Metadata:
+        """Names, dtypes, shapes and places of all chunks."""
+        if self._known is None:
+            self._known = super().read_metadata()
+        return self._known
 
 
 def read_tensors(folder: Path, tensors: dict[str, DTensor]) -> None:
     """Fill ``tensors`` in place from ``folder``, whatever layout wrote it; collective.
 
-    Floating dtypes are converted by rounding. Names and shapes must have been checked.
+    Floating dtypes are converted by rounding. Names and shapes must have been checked. Beside the
+    tensors, memory holds one chunk at a time.
 
     Raises:
-        RuntimeError: elements are missing, or a file cannot be read.
+        RuntimeError: elements are missing or there twice, or a file cannot be read.
     """
-    reader = HuggingFaceStorageReader(str(folder))
+    reader = _Reader(folder)
     stored: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     for name, tensor in tensors.items():
         chunks = stored[name].chunks if name in stored else []
-        if sum(math.prod(chunk.sizes) for chunk in chunks) != tensor.numel():
-            raise RuntimeError(f"{folder}: elements of {name} are missing")
+        places = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
+        if problem := coverage_problem(tuple(tensor.shape), places):
+            raise RuntimeError(f"{folder}: elements of {name} are {problem}")
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         _collective(

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from sltrain_dist.optim.schedule import learning_rate
 from sltrain_dist.parallel.mesh import sum_over_ranks
 from sltrain_dist.train.build import Run
-from sltrain_dist.train.checkpoint import Progress, save
+from sltrain_dist.train.checkpoint import Progress
+from sltrain_dist.train.checkpoint_async import Saver
 from sltrain_dist.train.evaluate import Batch, evaluate, perplexity, write_text
 from sltrain_dist.train.summary import human_bytes, peak_memory, say, throughput
 from sltrain_dist.utils.errors import UserError
@@ -30,9 +31,9 @@ def train(run: Run) -> dict[str, Any]:
     config, started = run.config, time.perf_counter()
     steps = config.optimizer.total_steps
     updates = run.data.updates(run.step)
-    evaluated, saved, rates = None, True, []
+    evaluated, rates = None, []
     started -= run.seconds  # of the segments before a resume
-    with _bar(run, steps) as bar:
+    with Saver(run.mesh, config) as saver, _bar(run, steps) as bar:
         while run.step < steps:
             began = time.perf_counter()
             lr = learning_rate(config.optimizer, run.step)
@@ -52,13 +53,15 @@ def train(run: Run) -> dict[str, Any]:
             }
             _record(run, line)
             _advance(bar, run, line)
+            _tell(run, saver.poll())
             last = run.step == steps
             if last or (config.eval_every and run.step % config.eval_every == 0):
                 evaluated = _evaluate(run)
             if last or (config.save_every and run.step % config.save_every == 0):
-                saved = _save(run, time.perf_counter() - started)
+                _save(run, saver, time.perf_counter() - started)
+        _tell(run, saver.wait())
     summary = _finish(run, evaluated or _evaluate(run), rates, time.perf_counter() - started)
-    if not saved:
+    if not saver.stands:
         raise UserError(
             f"--save_dir {config.save_dir}: the final checkpoint could not be saved (see above); make room and "
             "continue with --continue_from auto"
@@ -140,16 +143,16 @@ def _evaluate(run: Run) -> tuple[float, int]:
     return loss, tokens
 
 
-def _save(run: Run, seconds: float) -> bool:
-    """Save a checkpoint; whether it stands."""
+def _save(run: Run, saver: Saver, seconds: float) -> None:
+    """Save a checkpoint, or begin to, of this moment."""
     position = run.records.position() | {"seconds": seconds}
     progress = Progress(run.step, run.tokens_seen, run.data.state(run.step), position)
-    saved = save(run.engine, progress, run.config)
-    for warning in saved.warnings:
-        say(run.mesh, f"warning: {warning}")
-    if saved.folder is not None:
-        say(run.mesh, f"step {run.step}: saved {saved.folder}")
-    return saved.folder is not None
+    _tell(run, saver.save(run.engine, progress))
+
+
+def _tell(run: Run, lines: list[str]) -> None:
+    for line in lines:
+        say(run.mesh, line)
 
 
 def _bar(run: Run, steps: int) -> "tqdm[Any]":

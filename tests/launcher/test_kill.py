@@ -35,10 +35,14 @@ def wait_for_progress(process, run, lines):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_run_continues_on_the_same_curve(bare, inputs, tmp_path, kills):
+@pytest.mark.parametrize(
+    ("kills", "async_save"),
+    [(2, "no"), (2, "yes"), pytest.param(10, "yes", marks=pytest.mark.slow)],
+)
+def test_killed_run_continues_on_the_same_curve(bare, inputs, tmp_path, kills, async_save):
     settings = {"num_training_steps": UPDATES, "save_every": 1, "eval_every": 0}
     assert bare(flags(inputs, tmp_path / "whole", **settings)) == 0
+    settings["async_save"] = async_save
     run = tmp_path / "killed"
     line = flags(inputs, run, continue_from="auto", **settings)
     seed = random.randrange(10**6)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from sltrain_dist.config import (
     DataConfig,
@@ -19,7 +19,7 @@ from sltrain_dist.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from sltrain_dist.parallel.engine import as_dtensor, chunk_bounds
+from sltrain_dist.parallel.engine import chunk_bounds
 from sltrain_dist.parallel.mesh import Mesh
 from sltrain_dist.train.checkpoint import Progress, Saved, load, save
 
@@ -48,13 +48,25 @@ def full_tensors(step: int) -> dict[str, Tensor]:
 def shard(mesh: Mesh, whole: Tensor) -> DTensor:
     """This rank's part of ``whole``, cut as Shard(0) cuts."""
     start, stop = chunk_bounds(len(whole), mesh.dp_size, mesh.dp_rank)
-    return as_dtensor(mesh, whole[start:stop].clone(), whole.shape)
+    axes = mesh.host_mesh
+    placements: list[Placement] = [Replicate()] * (axes.ndim - 1) + [Shard(0)]
+    return DTensor.from_local(
+        whole[start:stop].clone(),
+        axes,
+        placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
 
 
 class FakeEngine:
+    copies_state = False
+
     def __init__(self, mesh: Mesh, step: int, *, name: str = "fsdp", support: int = -5) -> None:
         self.mesh, self.name, self.support = mesh, name, support
-        self.module = torch.nn.Identity()
+        self.module: torch.nn.Module = torch.nn.Identity()
+        self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
         self.count = step
         self.loaded = False
         self.tensors = {key: shard(mesh, value) for key, value in full_tensors(step).items()}

@@ -1,12 +1,13 @@
 """Script for test_checkpoint_kill: processes die by SIGKILL while saving; what is left must be whole.
 
-    python -m tests.train.killed_saves FOLDER {every_operation,random_moments} SEED
+    python -m tests.train.killed_saves FOLDER {every_operation,random_moments,one_of_two} SEED
 
 Trials are forked from one process that has imported torch but never used it, which makes a trial
 cost a tenth of a second. Prints one JSON line: trials, kills, and how often each kind of outcome was seen.
 """
 
 import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -23,12 +24,13 @@ import safetensors.torch  # noqa: F401 (these two: else every trial would import
 import torch
 import torch._dynamo
 
-from sltrain_dist.parallel.mesh import Mesh, initialise
+from sltrain_dist.parallel.mesh import Mesh, free_port, initialise
 from sltrain_dist.train.checkpoint import Progress, find, load, save
+from sltrain_dist.train.checkpoint_async import Saver
 from tests.train.fake_engine import FakeEngine, make_config
 
 BIG = "optimizer.exp_avg.big"
-SIZES = {"every_operation": 1000, "random_moments": 1_000_000}  # elements of BIG
+SIZES = {"every_operation": 1000, "random_moments": 1_000_000, "one_of_two": 2_000_000}  # of BIG
 FILE_EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
@@ -88,6 +90,54 @@ def check(folder: Path) -> tuple[int, int]:
     step, content = map(int, os.read(reader, 100).split())
     os.close(reader)
     return step, content
+
+
+def save_beside(folder: Path, rank: int, port: int, first: int, keep_last: int, pipe: int) -> None:
+    """One of two ranks that save beside training without end; reports every step that stands."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    mesh = initialise(timeout=60.0, device="cpu")
+    config = dataclasses.replace(make_config(str(folder), keep_last), async_save="yes")
+    with Saver(mesh, config) as saver:
+        for step in itertools.count(first):
+            engine = make_engine(mesh, step)
+            saver.save(engine, Progress(step, step))
+            for tensor in engine.tensors.values():  # the next update
+                tensor.to_local().zero_()
+            if step > first and saver.stands:
+                os.write(pipe, (step - 1).to_bytes(4, "little"))
+
+
+def one_of_two(folder: Path, seed: int, kills: int = 5) -> dict[str, Any]:
+    """Kill one rank of two while both save beside training: the other one ends by itself, nothing is lost."""
+    draw = random.Random(seed)
+    step, inside, victims = 0, 0, [0, 1] * kills
+    for victim in victims[:kills]:
+        port, keep_last = free_port(), draw.choice((0, 2))
+        ranks = [
+            fork(
+                lambda pipe, r=rank, s=step + 1, p=port, k=keep_last: save_beside(
+                    folder, r, p, s, k, pipe
+                )
+            )
+            for rank in (0, 1)
+        ]
+        reported = os.read(ranks[0][1], 4)
+        assert reported, "a trial ended before its first save"
+        time.sleep(draw.uniform(0, 0.3))
+        os.kill(ranks[victim][0], signal.SIGKILL)
+        assert killed(ranks[victim][0])
+        _, status = os.waitpid(ranks[1 - victim][0], 0)
+        assert os.WIFEXITED(status), "the rank that was left did not end by itself"
+        assert os.WEXITSTATUS(status) == 1, "the rank that was left saw no error"
+        while data := os.read(ranks[0][1], 4096):
+            reported += data
+        for _, reader in ranks:
+            os.close(reader)
+        inside += bool(list(folder.glob("*.tmp")))
+        step, _ = check(folder)
+        assert step >= int.from_bytes(reported[-4:], "little"), "a finished save was lost"
+    return {"kills": kills, "left a .tmp": inside, "last step": step}
 
 
 def save_steps(
@@ -177,9 +227,9 @@ def random_moments(folder: Path, seed: int, kills: int = 15) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target, mode = Path(sys.argv[1]), sys.argv[2]
-    outcome = (
-        every_operation(target)
-        if mode == "every_operation"
-        else random_moments(target, int(sys.argv[3]))
-    )
+    if mode == "every_operation":
+        outcome = every_operation(target)
+    else:
+        trial = random_moments if mode == "random_moments" else one_of_two
+        outcome = trial(target, int(sys.argv[3]))
     print(json.dumps(outcome))

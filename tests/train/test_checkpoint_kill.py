@@ -46,3 +46,10 @@ def test_killed_at_random_moments(fast_folder: Path) -> None:
     outcome = run("random_moments", fast_folder)
     assert outcome["kills"] == 15
     assert outcome["left a .tmp"] > 0  # some fell inside a save
+
+
+def test_one_of_two_ranks_killed_while_saving_beside_training(fast_folder: Path) -> None:
+    """The rank that is left ends with an error instead of waiting; every save that stood still stands."""
+    outcome = run("one_of_two", fast_folder)
+    assert outcome["kills"] == 5
+    assert outcome["left a .tmp"] > 0  # some fell inside the write
