@@ -28,6 +28,7 @@ from sltrain_dist.train.pretrained import (
 )
 
 SHARD_SIZE = "5GB"
+MODEL = "model.json"  # the architecture in HF's format, for --model; no config.json, which would load as dense
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def export_factored(
     with new_folder(output) as folder:
         if pretrained.tokenizer is not None:
             pretrained.tokenizer.save(folder)
+        write_json(folder / MODEL, hf_config(pretrained.model, pretrained.tokenizer, dtype)[0])
         written = write_tensors(folder, like, pretrained.tensor, max_shard_size)
         document: dict[str, Any] = {
             "format": FACTORED,

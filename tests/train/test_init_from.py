@@ -1,0 +1,152 @@
+"""--init_from: every engine starts from the stored weights to the bit, optimizers from zero, and misfits are named."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher import export
+from sltrain_dist.config import MethodConfig, TrainConfig
+from sltrain_dist.data.tokenizer import train_tokenizer
+from sltrain_dist.optim import OptimizerFactory
+from sltrain_dist.parallel.engine import MODEL, build_engine
+from sltrain_dist.parallel.mesh import Mesh, close, initialise
+from sltrain_dist.tools.weights import open_pretrained
+from sltrain_dist.train.init_from import start_from
+from sltrain_dist.utils.errors import UserError
+from tests.parallel import tiny
+from tests.ranks import run_ranks
+from tests.tools.saved import checkpoint, configs, tokens
+from tests.train.fake_engine import make_config
+
+CASE = "trained_scale"  # tied embeddings and a trained scale: the awkward ones
+
+
+def run_config(source: Path, **changes: Any) -> TrainConfig:
+    model, method = configs(CASE)
+    config = dataclasses.replace(make_config("unused"), model=model, method=method)
+    return dataclasses.replace(config, init_from=str(source), **changes)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that trained on one rank, and its factored export in bfloat16 beside it."""
+    folder = tmp_path_factory.mktemp("source") / "run"
+    mesh = initialise(device="cpu")
+    logits = checkpoint(mesh, folder, *configs(CASE))
+    close()
+    torch.save(logits, folder / "logits.pt")
+    command = [str(folder), "--to", "factored", "--dtype", "bf16"]
+    assert export.main([*command, "--output", str(folder.parent / "half")]) == 0
+    return folder
+
+
+def start(mesh: Mesh, folder: Path, kind: str, **changes: Any) -> dict[str, Any]:
+    """What an engine that started from ``folder`` holds."""
+    model, method = configs(CASE)
+    tokenizer = train_tokenizer(["text"], 258)
+    factory = start_from(tiny.tiny_factory(method, model), run_config(folder), mesh, tokenizer)
+    config = tiny.config(kind, mesh.dp_size, **changes)
+    engine = build_engine(factory, mesh, config, OptimizerFactory(tiny.OPTIMIZER), method.seed)
+    with torch.no_grad():
+        logits = engine.module(tokens())
+    state = {name: tensor.full_tensor().clone() for name, tensor in engine.state().items()}
+    return {
+        "logits": logits,
+        "weights": {k.removeprefix(MODEL): t for k, t in state.items() if k.startswith(MODEL)},
+        "moments": max(float(t.abs().max()) for k, t in state.items() if not k.startswith(MODEL)),
+        "scalars": engine.scalars(),
+        "hash": engine.support_hash(),
+        "losses": tiny.train(engine, 0, 2) if not changes else [],
+    }
+
+
+KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("fsdp", {}),
+    ("zero1", {}),
+    ("zero3", {}),
+    ("fsdp", {"dtype": "bfloat16"}),
+    ("zero2", {"dtype": "bfloat16"}),
+)
+
+
+def body(mesh: Mesh, folder: Path, damaged: Path) -> tuple[list[dict[str, Any]], str]:
+    config = run_config(damaged)
+    with pytest.raises(UserError) as caught:
+        start_from(tiny.tiny_factory(), config, mesh, train_tokenizer(["text"], 258))
+    return [start(mesh, folder, kind, **changes) for kind, changes in KINDS], str(caught.value)
+
+
+def test_every_engine_starts_from_the_stored_weights(source: Path, tmp_path: Path) -> None:
+    """To the bit; and damage, which the first rank alone looks for, stops all ranks."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(source, damaged)
+    shard = next((damaged / "step_3").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    stored = open_pretrained(source, "--init_from")
+    expected = torch.load(source / "logits.pt", weights_only=True)
+    (outcomes, problem), (_, same) = run_ranks(body, 2, source, damaged)
+    assert problem == same
+    assert f"damaged ({shard.name}: checksum differs)" in problem
+    for (kind, changes), outcome in zip(KINDS, outcomes, strict=True):
+        for name, tensor in outcome["weights"].items():  # also masters: no rounding to bfloat16
+            assert torch.equal(tensor, stored.tensor(name).float()), (kind, changes, name)
+        assert outcome["moments"] == 0
+        assert outcome["scalars"] == {"updates": 0, "optimizer_steps": 0}
+        assert outcome["hash"] == stored.support_hash
+        if not changes:
+            assert (outcome["logits"] - expected).abs().max() < 1e-5, kind
+            torch.testing.assert_close(outcome["losses"], outcomes[0]["losses"], rtol=0, atol=1e-4)
+
+
+def test_a_rounded_export_is_a_start_too(source: Path) -> None:
+    half = source.parent / "half"
+    mesh = initialise(device="cpu")
+    try:
+        outcome = start(mesh, half, "fsdp")
+    finally:
+        close()
+    exact = open_pretrained(source, "--init_from")
+    for name, tensor in outcome["weights"].items():
+        assert torch.equal(tensor, exact.tensor(name).bfloat16().float())
+
+
+def method(**changes: Any) -> dict[str, MethodConfig]:
+    return {"method": dataclasses.replace(configs(CASE)[1], **changes)}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "method": (method(method="low_rank"), "holds weights of --method sltrain.*give --method sltrain"),
+    "rank": (method(rank=4), "--rank 8, this run has --rank 4; give --rank 8"),
+    "alpha": (method(alpha=1.0), "give --lora_alpha 8.0"),
+    "scale": (method(train_scaling=False), "give --train_scaling True"),
+    "density": (method(density=0.2), "give --sp_ratio 0.1"),
+    "support": (method(support="uniform"), "give --support fan_in"),
+    "seed": (method(seed=4), "its support was drawn with --seed 3.*give --seed 3"),
+    "model": (
+        {"model": dataclasses.replace(configs(CASE)[0], rope_theta=5.0)},
+        "another model: rope_theta is 10000.0, in this run 5.0; give the --model it was trained with",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_named(case: str, source: Path) -> None:
+    changes, message = REFUSED[case]
+    config = run_config(source, **changes)
+    mesh = initialise(device="cpu")
+    try:
+        with pytest.raises(UserError, match=message) as caught:
+            start_from(
+                tiny.tiny_factory(config.method, config.model), config, mesh,
+                train_tokenizer(["text"], 258),
+            )  # fmt: skip
+    finally:
+        close()
+    assert str(caught.value).startswith(f"--init_from {source}/step_3: ")
+    assert "\n" not in str(caught.value)
