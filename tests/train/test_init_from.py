@@ -11,10 +11,14 @@ import torch
 from launcher import export
 from sltrain_dist.config import MethodConfig, TrainConfig
 from sltrain_dist.data.tokenizer import train_tokenizer
+from sltrain_dist.model.llama import Llama
+from sltrain_dist.model.tensor_parallel import parallelize
 from sltrain_dist.optim import OptimizerFactory
 from sltrain_dist.parallel.engine import MODEL, build_engine
 from sltrain_dist.parallel.mesh import Mesh, close, initialise
+from sltrain_dist.parallel.tensor import tensor_parallel
 from sltrain_dist.tools.weights import open_pretrained
+from sltrain_dist.train.checkpoint import Progress, save
 from sltrain_dist.train.init_from import start_from
 from sltrain_dist.utils.errors import UserError
 from tests.parallel import tiny
@@ -45,12 +49,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(mesh: Mesh, folder: Path, kind: str, **changes: Any) -> dict[str, Any]:
-    """What an engine that started from ``folder`` holds."""
+    """What an engine that started from ``folder`` holds; it saves itself beside ``folder``."""
     model, method = configs(CASE)
     tokenizer = train_tokenizer(["text"], 258)
-    factory = start_from(tiny.tiny_factory(method, model), run_config(folder), mesh, tokenizer)
-    config = tiny.config(kind, mesh.dp_size, **changes)
+    config = tiny.config(kind, mesh.dp_size, tensor_parallel=mesh.tp_size, **changes)
+    tp = tensor_parallel(mesh, config)
+
+    def whole_or_cut(*, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
+        made = Llama(model, method, device=device, dtype=dtype)
+        if tp is not None:
+            parallelize(made, tp)
+        return made
+
+    factory = start_from(whole_or_cut, run_config(folder), mesh, tokenizer)
     engine = build_engine(factory, mesh, config, OptimizerFactory(tiny.OPTIMIZER), method.seed)
+    saved_as = folder.parent / f"{kind}-{mesh.tp_size}-{changes.get('dtype', 'float32')}"
+    saved = save(engine, Progress(1, 0), run_config(folder, save_dir=str(saved_as)))
+    assert saved.folder is not None
     with torch.no_grad():
         logits = engine.module(tokens())
     state = {name: tensor.full_tensor().clone() for name, tensor in engine.state().items()}
@@ -71,13 +86,16 @@ KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fsdp", {"dtype": "bfloat16"}),
     ("zero2", {"dtype": "bfloat16"}),
 )
+CUT = ("fsdp", "zero1")  # over two tensor-parallel ranks
 
 
 def body(mesh: Mesh, folder: Path, damaged: Path) -> tuple[list[dict[str, Any]], str]:
     config = run_config(damaged)
     with pytest.raises(UserError) as caught:
         start_from(tiny.tiny_factory(), config, mesh, train_tokenizer(["text"], 258))
-    return [start(mesh, folder, kind, **changes) for kind, changes in KINDS], str(caught.value)
+    outcomes = [start(mesh, folder, kind, **changes) for kind, changes in KINDS]
+    cut = initialise(device="cpu", tensor_parallel=2)
+    return [*outcomes, *(start(cut, folder, kind) for kind in CUT)], str(caught.value)
 
 
 def test_every_engine_starts_from_the_stored_weights(source: Path, tmp_path: Path) -> None:
@@ -93,7 +111,8 @@ def test_every_engine_starts_from_the_stored_weights(source: Path, tmp_path: Pat
     (outcomes, problem), (_, same) = run_ranks(body, 2, source, damaged)
     assert problem == same
     assert f"damaged ({shard.name}: checksum differs)" in problem
-    for (kind, changes), outcome in zip(KINDS, outcomes, strict=True):
+    kinds = [*KINDS, *((kind, {}) for kind in CUT)]
+    for (kind, changes), outcome in zip(kinds, outcomes, strict=True):
         for name, tensor in outcome["weights"].items():  # also masters: no rounding to bfloat16
             assert torch.equal(tensor, stored.tensor(name).float()), (kind, changes, name)
         assert outcome["moments"] == 0
@@ -102,6 +121,9 @@ def test_every_engine_starts_from_the_stored_weights(source: Path, tmp_path: Pat
         if not changes:
             assert (outcome["logits"] - expected).abs().max() < 1e-5, kind
             torch.testing.assert_close(outcome["losses"], outcomes[0]["losses"], rtol=0, atol=1e-4)
+    for name in ("fsdp-1-float32", "zero3-1-float32", "fsdp-2-float32", "zero1-2-float32"):
+        reopened = open_pretrained(source.parent / name, "--model")  # shards of every shape
+        assert all(torch.equal(reopened.tensor(n), stored.tensor(n)) for n in stored.names())
 
 
 def test_a_rounded_export_is_a_start_too(source: Path) -> None:
