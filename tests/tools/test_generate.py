@@ -22,8 +22,8 @@ from tests.tools.saved import CASES, checkpoint, configs
 
 transformers = pytest.importorskip("transformers")
 
-PROMPT, COUNT = [17, 4, 250, 99, 3], 40
-OTHERS = [[200, 30], [8], [41, 41, 42, 7], [120, 77, 180, 5, 66, 243, 12, 19]]
+PROMPT, COUNT = [17, 4, 250, 99, 3], 24
+OTHERS = [[200, 30], [41, 41, 42, 7], [120, 77, 180, 5, 66, 243, 12, 19]]
 
 
 @pytest.fixture(scope="module")
