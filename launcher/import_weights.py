@@ -17,6 +17,7 @@ from sltrain_dist.config import MethodConfig
 from sltrain_dist.tools.export import SHARD_SIZE, export_factored
 from sltrain_dist.tools.import_hf import Errors, factorize
 from sltrain_dist.tools.import_reference import SPLORA, open_reference
+from sltrain_dist.tools.inference import choose_device
 from sltrain_dist.tools.weights import Pretrained, merge, open_pretrained
 from sltrain_dist.train.flags import DTYPES, FLAGS, Parser
 from sltrain_dist.utils.errors import UserError
@@ -47,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--max_shard_size", default=SHARD_SIZE, help=f"of a file [{SHARD_SIZE}]")
     result.add_argument(
         "--method", choices=("full", "low_rank", "sltrain"), help="what dense weights become [full]"
+    )
+    result.add_argument(
+        "--device", help="where low_rank and sltrain are computed [CUDA where there is any]"
     )
     for name in NAMES:
         flag = FLAGS[name]
@@ -98,8 +102,7 @@ def read(given: dict[str, Any]) -> tuple[Pretrained, Errors | None]:
     source = open_pretrained(folder, _FLAG)
     if given["origin"] == "hf" and source.kind != "hf":
         raise UserError(f"--from hf: {folder} holds weights of ours; give --from auto")
-    method = given.get("method", "full")
-    if method == "full":
+    if given.get("method", "full") == "full":
         extra = [name for name in wanted if name != "method"]
         if extra:
             name = extra[0]
@@ -107,7 +110,8 @@ def read(given: dict[str, Any]) -> tuple[Pretrained, Errors | None]:
                 f"--{name} {given[name]}: dense weights have none; add --method sltrain"
             )
         return merge(source), None
-    return factorize(source, _method(given, source.model.hidden_size))
+    method = _method(given, source.model.hidden_size)
+    return factorize(source, method, choose_device(given.get("device")))
 
 
 def _method(given: dict[str, Any], hidden_size: int) -> MethodConfig:

@@ -2,12 +2,12 @@
 
 S has the fixed random support that training would have, so only its values are free. In turn,
 
-    B, A      the best rank-r approximation of W - S (Eckart, Young 1936), split evenly: |B_i| = |A_i|
+    B, A      the best rank-r approximation of W - S: first the exact one (Eckart, Young 1936), by the
+              float64 eigenproblem of the smaller Gram matrix; then B for this A, A for that B
     values    the entries of W - s * B A at the support
 
-Each step is the exact minimum of |W - s * B A - S|_F with the other part fixed, so the error never rises.
-The singular vectors come from the float64 Gram matrix of the smaller side: no randomness, and one
-eigenproblem of at most 5120 x 5120 a layer and round for a 13B model.
+Each step is the exact minimum of |W - s * B A - S|_F with the rest fixed, so the error never rises, and
+nothing is random. At the end the product is split evenly along its singular vectors: |B_i| = |A_i|.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from sltrain_dist.params.linears import LowRank, SLTrain
 from sltrain_dist.tools.weights import Pretrained, merge, parameterized
 from sltrain_dist.train.pretrained import blank_specs, generated_hash, whole_offsets
 
-ROUNDS = 4  # alternations; the first takes most of the error
+ROUNDS = 8  # alternations; the first takes most of the error
 _FLOOR = 1e-4  # of the largest singular value: a pair of zeros would never get a gradient
 
 
@@ -52,8 +52,13 @@ class Errors:
         return [f"error       {value:.4f} {kind}" for kind, value in self.relative().items()]
 
 
-def factorize(pretrained: Pretrained, method: MethodConfig) -> tuple[Pretrained, Errors]:
+def factorize(
+    pretrained: Pretrained, method: MethodConfig, device: torch.device | str = "cpu"
+) -> tuple[Pretrained, Errors]:
     """The same model with the linears of ``method`` ("low_rank" or "sltrain"), found as they are read.
+
+    Args:
+        device: where the factors are computed.
 
     Returns:
         Weights that hold one layer at a time in memory, and their errors, complete once all are read.
@@ -81,12 +86,12 @@ def factorize(pretrained: Pretrained, method: MethodConfig) -> tuple[Pretrained,
         if owner not in latest:
             linear = modules[owner]
             assert isinstance(linear, LowRank)
-            w = dense.read(f"{owner}.weight").float()
-            offsets = read(f"{owner}.offsets") if isinstance(linear, SLTrain) else None
+            w = dense.read(f"{owner}.weight").to(device, torch.float32)
+            offsets = read(f"{owner}.offsets").to(device) if isinstance(linear, SLTrain) else None
             latest.clear()
             latest[owner], missed = decompose(w, linear, offsets)
             errors.add(owner, missed, float(w.double().square().sum()))
-        return latest[owner][leaf]
+        return latest[owner][leaf].cpu()
 
     return dataclasses.replace(result, read=read), errors
 
@@ -97,34 +102,49 @@ def decompose(
 ) -> tuple[dict[str, Tensor], float]:
     """{"b", "a"} or {"b", "a", "values"} of one W, float32 and physical, and the squared error."""
     rank, scale = linear.method.rank, linear.method.scale
-    if not isinstance(linear, SLTrain) or offsets is None:
-        b, a = best_low_rank(w, rank, scale)
-        return {"b": b, "a": a}, float((w - scale * (b @ a)).double().square().sum())
-    tiles = linear.support.tiles
-    where = (offsets, tiles.tile_out, tiles.tile_in, tiles.block)
-    values = torch.zeros(linear.support.values_shape)
-    rest = w.clone()
-    for _ in range(ROUNDS):
-        b, a = best_low_rank(rest, rank, scale)
-        rest = torch.addmm(w, b, a, alpha=-scale)
-        gather_support(rest, 0, values, *where)
-        missed = rest.clone()
-        add_support(missed, -values, *where)
-        rest = w.clone()
-        add_support(rest, -values, *where)
-    return {"b": b, "a": a, "values": values}, float(missed.double().square().sum())
+    left, right = best_low_rank(w, rank)
+    parts = {}
+    missed = torch.addmm(w, left, right.T, alpha=-1)
+    if isinstance(linear, SLTrain) and offsets is not None:
+        tiles = linear.support.tiles
+        where = (offsets, tiles.tile_out, tiles.tile_in, tiles.block)
+        values = w.new_zeros(linear.support.values_shape)
+        for number in range(ROUNDS):
+            if number:
+                rest = w.clone()
+                add_support(rest, -values, *where)
+                left, right = nearer_low_rank(rest, right)
+            missed = torch.addmm(w, left, right.T, alpha=-1)
+            gather_support(missed, 0, values, *where)
+            add_support(missed, -values, *where)
+        parts["values"] = values
+    parts["b"], parts["a"] = split(left, right, scale)
+    return parts, float(missed.double().square().sum())
 
 
-def best_low_rank(m: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in], float32, such that scale * B A is the rank-r matrix nearest to ``m``."""
+def best_low_rank(m: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """L [out, r] and orthonormal R [in, r], float32, such that L R^T is the rank-r matrix nearest to ``m``."""
     tall = m.shape[0] >= m.shape[1]
     wide = m.double() if tall else m.double().T
-    _, vectors = torch.linalg.eigh(wide.T @ wide)
-    right = vectors[:, -rank:].flip(1)  # [smaller side, r], largest singular value first
-    left = wide @ right  # columns of length sigma
-    sigma = left.norm(dim=0)
-    floor = _FLOOR * sigma.max() if sigma.max() > 0 else torch.ones((), dtype=sigma.dtype)
-    root = (sigma.clamp(min=float(floor)) / scale).sqrt()
-    left, right = left / (scale * root), right * root
-    b, a = (left, right.T) if tall else (right, left.T)
+    vectors = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -rank:]  # of the largest values
+    right = vectors if tall else torch.linalg.qr(wide @ vectors).Q
+    left = m.double() @ right
+    return left.float(), right.float()
+
+
+def nearer_low_rank(m: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Another L, R as `best_low_rank` gives them: no farther from ``m`` than any with the given R."""
+    left = torch.linalg.qr(m @ right).Q
+    right = torch.linalg.qr(m.T @ left).Q
+    return m @ right, right
+
+
+def split(left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in] with scale * B A = L R^T, |B_i| = |A_i|, largest singular value first."""
+    squares, turn = torch.linalg.eigh(left.double().T @ left.double())
+    sigma, turn = squares.clamp(min=0).sqrt().flip(0), turn.flip(1)
+    floor = _FLOOR * float(sigma[0]) or 1.0
+    root = (sigma.clamp(min=floor) / scale).sqrt()
+    b = left.double() @ turn / (scale * root)
+    a = (right.double() @ turn * root).T
     return b.float().contiguous(), a.float().contiguous()

@@ -13,7 +13,13 @@ import torch
 from launcher import import_weights
 from sltrain_dist.config import MethodConfig
 from sltrain_dist.params.linears import make_linear
-from sltrain_dist.tools.import_hf import best_low_rank, decompose, factorize
+from sltrain_dist.tools.import_hf import (
+    best_low_rank,
+    decompose,
+    factorize,
+    nearer_low_rank,
+    split,
+)
 from sltrain_dist.tools.weights import load_model, merge, open_pretrained
 from sltrain_dist.train.pretrained import whole_offsets
 from tests.tools.saved import LLAMA3, tokens
@@ -118,11 +124,19 @@ def test_an_exact_factorisation_is_found(support: str | None, tmp_path: Path) ->
 def test_best_low_rank_is_the_truncated_svd() -> None:
     for shape in ((40, 24), (24, 40)):
         m = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-        b, a = best_low_rank(m, 7, 0.25)
+        left, right = best_low_rank(m, 7)
         u, sigma, v = torch.linalg.svd(m.double(), full_matrices=False)
-        expected = (u[:, :7] * sigma[:7]) @ v[:7]
-        torch.testing.assert_close(0.25 * b @ a, expected.float(), rtol=1e-4, atol=1e-5)
-    b, a = best_low_rank(torch.zeros(8, 6), 2, 1.0)
+        expected = ((u[:, :7] * sigma[:7]) @ v[:7]).float()
+        torch.testing.assert_close(left @ right.T, expected, rtol=1e-4, atol=1e-5)
+        b, a = split(left, right, 0.25)
+        torch.testing.assert_close(0.25 * b @ a, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(0.25 * b.norm(dim=0) ** 2, sigma[:7].float())
+        torch.testing.assert_close(0.25 * a.norm(dim=1) ** 2, sigma[:7].float())
+        nearer, turned = nearer_low_rank(m, torch.linalg.qr(torch.randn(shape[1], 7)).Q)
+        for _ in range(200):
+            nearer, turned = nearer_low_rank(m, turned)
+        torch.testing.assert_close(nearer @ turned.T, expected, rtol=1e-3, atol=1e-3)
+    b, a = split(*best_low_rank(torch.zeros(8, 6), 2), 1.0)
     assert not b.any()
     assert a.norm(dim=1).min() > 0  # a pair of zeros would never learn
 
