@@ -239,21 +239,24 @@ def _open_factored(folder: Path, config: dict[str, Any], flag: str, verify: bool
         raise StoredError(f"format {config['format']!r}, this version reads {FACTORED!r}")
     if config.get("seal") != seal(config):
         raise StoredError(f"damaged ({CONFIG}: checksum differs)")
-    for name, entry in config["files"].items() if verify else ():
-        if problem := file_problem(folder, name, (entry["bytes"], entry["sha256"])):
+    try:
+        records = {name: (item["bytes"], item["sha256"]) for name, item in config["files"].items()}
+        model = _make(ModelConfig, config["model"], "model")
+        method = _make(MethodConfig, config["method"], "method")
+        generated, support_hash = bool(config["generated"]), int(config["support_hash"], 16)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise StoredError(f"{CONFIG}: of another version of this format") from None
+    for name, record in records.items() if verify else ():
+        if problem := file_problem(folder, name, record):
             raise StoredError(f"damaged ({problem})")
-    model = _make(ModelConfig, config["model"], "model")
-    method = _make(MethodConfig, config["method"], "method")
     specs = blank_specs(model, method)
     files = open_weights(folder)
     wanted = {name: spec.shape for name, spec in specs.items()}
-    generated = bool(config["generated"])
     if not generated:  # the support's size is the file's: another rounding of density * out * in
         for name in [name for name in wanted if name.endswith((".values", ".offsets"))]:
             wanted[name] = files.shapes.get(name, wanted[name])
     check_names(wanted, files.shapes, CONFIG)
     read = _checked_reader(files, specs)
-    support_hash = int(config["support_hash"], 16)
     return Pretrained(
         "factored", folder, flag, model, method, open_tokenizer(folder), wanted, generated, support_hash, read
     )  # fmt: skip

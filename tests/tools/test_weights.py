@@ -88,6 +88,9 @@ CASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "factored_newer": (
         "factored", lambda f: rewrite(f, lambda d: d["method"].update(waves=3)), "method: of another version of this format",
     ),
+    "factored_older": (
+        "factored", lambda f: rewrite(f, lambda d: d.pop("generated")), "config.json: of another version of this format",
+    ),
     "factored_format": (
         "factored", lambda f: rewrite(f, lambda d: d.update(format="sltrain_dist factored 9")), "format 'sltrain_dist factored 9', this",
     ),
