@@ -1,1 +1,1 @@
-"""Offline tools behind the launchers: weights in and out."""
+"""What the launchers call on what training left: weights out and in, generation, evaluation, checkpoints."""

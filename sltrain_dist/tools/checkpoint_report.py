@@ -29,7 +29,7 @@ from sltrain_dist.train.checkpoint_folder import (
     strangers,
 )
 from sltrain_dist.train.checkpoint_shards import FileError, Stored, coverage_problem, read_headers
-from sltrain_dist.train.pretrained import blank_specs, generated_hash
+from sltrain_dist.train.parameter_names import blank_specs, generated_hash
 from sltrain_dist.utils.errors import UserError
 
 WEIGHTS = "weights"

@@ -18,14 +18,8 @@ from sltrain_dist.config import Dtype, ModelConfig
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.tools.output import blank, new_folder, write_json, write_tensors
 from sltrain_dist.tools.weights import Pretrained, merge, parameterized
-from sltrain_dist.train.pretrained import (
-    CONFIG,
-    FACTORED,
-    blank_specs,
-    file_records,
-    logical_shape,
-    seal,
-)
+from sltrain_dist.train.parameter_names import blank_specs, logical_shape
+from sltrain_dist.train.pretrained import CONFIG, FACTORED, file_records, seal
 
 SHARD_SIZE = "5GB"
 MODEL = "model.json"  # the architecture in HF's format, for --model; no config.json, which would load as dense

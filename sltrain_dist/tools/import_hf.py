@@ -21,7 +21,7 @@ from sltrain_dist.config import MethodConfig
 from sltrain_dist.ops.support import add_support, gather_support
 from sltrain_dist.params.linears import LowRank, SLTrain
 from sltrain_dist.tools.weights import Pretrained, merge, parameterized
-from sltrain_dist.train.pretrained import blank_specs, generated_hash, whole_offsets
+from sltrain_dist.train.parameter_names import blank_specs, generated_hash, whole_offsets
 
 ROUNDS = 8  # alternations; the first takes most of the error
 _FLOOR = 1e-4  # of the largest singular value: a pair of zeros would never get a gradient

@@ -23,13 +23,8 @@ from sltrain_dist.config import POSITIVE_INTEGER, POSITIVE_NUMBER, Kind, MethodC
 from sltrain_dist.model.llama import Llama
 from sltrain_dist.params import ParameterizedLinear, partial_hash
 from sltrain_dist.tools.weights import Pretrained
-from sltrain_dist.train.pretrained import (
-    CONFIG,
-    check_names,
-    is_ignored,
-    logical_shape,
-    open_tokenizer,
-)
+from sltrain_dist.train.parameter_names import check_names, is_ignored, logical_shape
+from sltrain_dist.train.pretrained import CONFIG, open_tokenizer
 from sltrain_dist.train.stored_tensors import StoredError, TensorFiles, open_weights
 from sltrain_dist.utils.errors import UserError
 

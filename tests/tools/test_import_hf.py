@@ -21,7 +21,7 @@ from sltrain_dist.tools.import_hf import (
     split,
 )
 from sltrain_dist.tools.weights import load_model, merge, open_pretrained
-from sltrain_dist.train.pretrained import whole_offsets
+from sltrain_dist.train.parameter_names import whole_offsets
 from tests.tools.saved import LLAMA3, tokens
 
 transformers = pytest.importorskip("transformers")

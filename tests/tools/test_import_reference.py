@@ -215,7 +215,7 @@ def test_code_in_a_bin_is_refused_and_not_run(
     source = write(tmp_path / "source", content, "bin")
     document = {**content[0], "extra": Touch(trap)}
     if form == "pickle":
-        (source / "pytorch_model.bin").write_bytes(pickle.dumps(document))
+        (source / "pytorch_model.bin").write_bytes(pickle.dumps(document, protocol=2))
     else:
         torch.save(
             document, source / "pytorch_model.bin", _use_new_zipfile_serialization=form == "zip"

@@ -52,7 +52,8 @@ def start(mesh: Mesh, folder: Path, kind: str, **changes: Any) -> dict[str, Any]
     """What an engine that started from ``folder`` holds; it saves itself beside ``folder``."""
     model, method = configs(CASE)
     tokenizer = train_tokenizer(["text"], 258)
-    config = tiny.config(kind, mesh.dp_size, tensor_parallel=mesh.tp_size, **changes)
+    axes = {"tensor_parallel": mesh.tp_size, "replicate": mesh.replicate_size}
+    config = tiny.config(kind, mesh.dp_size, **axes, **changes)
     tp = tensor_parallel(mesh, config)
 
     def whole_or_cut(*, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
@@ -63,7 +64,8 @@ def start(mesh: Mesh, folder: Path, kind: str, **changes: Any) -> dict[str, Any]
 
     factory = start_from(whole_or_cut, run_config(folder), mesh, tokenizer)
     engine = build_engine(factory, mesh, config, OptimizerFactory(tiny.OPTIMIZER), method.seed)
-    saved_as = folder.parent / f"{kind}-{mesh.tp_size}-{changes.get('dtype', 'float32')}"
+    layout = f"{mesh.tp_size}-{mesh.replicate_size}-{changes.get('dtype', 'float32')}"
+    saved_as = folder.parent / f"{kind}-{layout}"
     saved = save(engine, Progress(1, 0), run_config(folder, save_dir=str(saved_as)))
     assert saved.folder is not None
     with torch.no_grad():
@@ -86,7 +88,7 @@ KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fsdp", {"dtype": "bfloat16"}),
     ("zero2", {"dtype": "bfloat16"}),
 )
-CUT = ("fsdp", "zero1")  # over two tensor-parallel ranks
+CUT = ("fsdp", "zero1")  # over two tensor-parallel ranks; and one copy a rank (HSDP)
 
 
 def body(mesh: Mesh, folder: Path, damaged: Path) -> tuple[list[dict[str, Any]], str]:
@@ -95,7 +97,9 @@ def body(mesh: Mesh, folder: Path, damaged: Path) -> tuple[list[dict[str, Any]],
         start_from(tiny.tiny_factory(), config, mesh, train_tokenizer(["text"], 258))
     outcomes = [start(mesh, folder, kind, **changes) for kind, changes in KINDS]
     cut = initialise(device="cpu", tensor_parallel=2)
-    return [*outcomes, *(start(cut, folder, kind) for kind in CUT)], str(caught.value)
+    outcomes += [start(cut, folder, kind) for kind in CUT]
+    copies = initialise(device="cpu", replicate=2)
+    return [*outcomes, start(copies, folder, "fsdp")], str(caught.value)
 
 
 def test_every_engine_starts_from_the_stored_weights(source: Path, tmp_path: Path) -> None:
@@ -111,7 +115,7 @@ def test_every_engine_starts_from_the_stored_weights(source: Path, tmp_path: Pat
     (outcomes, problem), (_, same) = run_ranks(body, 2, source, damaged)
     assert problem == same
     assert f"damaged ({shard.name}: checksum differs)" in problem
-    kinds = [*KINDS, *((kind, {}) for kind in CUT)]
+    kinds = [*KINDS, *((kind, {}) for kind in (*CUT, "fsdp"))]
     for (kind, changes), outcome in zip(kinds, outcomes, strict=True):
         for name, tensor in outcome["weights"].items():  # also masters: no rounding to bfloat16
             assert torch.equal(tensor, stored.tensor(name).float()), (kind, changes, name)
@@ -121,8 +125,8 @@ def test_every_engine_starts_from_the_stored_weights(source: Path, tmp_path: Pat
         if not changes:
             assert (outcome["logits"] - expected).abs().max() < 1e-5, kind
             torch.testing.assert_close(outcome["losses"], outcomes[0]["losses"], rtol=0, atol=1e-4)
-    for name in ("fsdp-1-float32", "zero3-1-float32", "fsdp-2-float32", "zero1-2-float32"):
-        reopened = open_pretrained(source.parent / name, "--model")  # shards of every shape
+    for name in ("fsdp-1-1", "zero3-1-1", "fsdp-2-1", "zero1-2-1", "fsdp-1-2"):
+        reopened = open_pretrained(source.parent / f"{name}-float32", "--model")
         assert all(torch.equal(reopened.tensor(n), stored.tensor(n)) for n in stored.names())
 
 
