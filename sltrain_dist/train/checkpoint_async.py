@@ -180,10 +180,9 @@ class Saver:
     ) -> None:
         """Wait for the save in flight, though not forever for ranks that may be gone, and close the group."""
         flight, self._flight = self._flight, None
-        if flight is not None and flight.join(self.config.timeout):
-            lines = flight.last_words(self)
-            if self.mesh.is_first or flight.error is not None:
-                print("\n".join(lines), flush=True)
+        if flight is not None:
+            flight.join(self.config.timeout)
+            self._last_words(flight)
         if flight is None or flight.ended:
             self.copies.release()
             if self._group is not None:
@@ -194,6 +193,16 @@ class Saver:
         self.stands = saved.folder is not None
         lines = [f"warning: {warning}" for warning in saved.warnings]
         return [*lines, f"step {step}: saved {saved.folder}"] if self.stands else lines
+
+    def _last_words(self, flight: "_Flight") -> None:
+        """Tell how a save ended while another exception is on its way: none is raised."""
+        unsaved = f"warning: the checkpoint of step {flight.step} was not saved"
+        if not flight.ended:
+            print(f"{unsaved}: its write had not ended after {self.config.timeout:g} s", flush=True)
+        elif flight.error is not None:
+            print(f"{unsaved}: {flight.error!r}", flush=True)
+        elif self.mesh.is_first:
+            print("\n".join(self._report(flight.step, flight.result())), flush=True)
 
     def _decide(self, engine: Engine) -> list[str]:
         """Settle for the run whether saves are asynchronous; at most one line."""
@@ -237,10 +246,9 @@ class _Flight:
         """Whether ``result`` would not wait."""
         return not self._thread.is_alive()
 
-    def join(self, seconds: float) -> bool:
-        """Wait at most so long; whether it has ended."""
+    def join(self, seconds: float) -> None:
+        """Wait for the end, at most so long."""
         self._thread.join(seconds)
-        return self.ended
 
     def result(self) -> Saved:
         """The outcome; waits for it, and raises what the thread raised."""
@@ -250,18 +258,13 @@ class _Flight:
         assert self._saved is not None
         return self._saved
 
-    def last_words(self, saver: Saver) -> list[str]:
-        """Lines about a save that ended while another exception is on its way: none is raised."""
-        if self.error is not None:
-            return [f"warning: the checkpoint of step {self.step} was not saved: {self.error!r}"]
-        return saver._report(self.step, self.result())
-
     def _run(
         self, staged: Staged, config: TrainConfig, mesh: Mesh, group: dist.ProcessGroup | None
     ) -> None:
         try:
             if mesh.device.type == "cuda":  # a new thread begins on device 0
                 torch.cuda.set_device(mesh.device)
+                torch.cuda.set_stream(torch.cuda.Stream())  # torch's writer waits for its stream
             with torch.no_grad():
                 self._saved = store(staged, Path(config.save_dir), config.keep_last, mesh, group)
         except BaseException as error:  # raised again by result(), in the training thread

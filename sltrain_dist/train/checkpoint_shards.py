@@ -147,35 +147,37 @@ def read_rows(stored: Stored, start: int = 0, stop: int | None = None) -> Tensor
     Raises:
         OSError: a file cannot be read to the end.
     """
-    if not stored.shape:
-        return _read(stored.chunks[0].file, stored.chunks[0].begin, (), stored.dtype)
-    stop = stored.shape[0] if stop is None else min(stop, stored.shape[0])
+    rows = stored.shape[0] if stored.shape else 1
+    stop = rows if stop is None else min(stop, rows)
     start = min(start, stop)
     out = torch.empty((stop - start, *stored.shape[1:]), dtype=stored.dtype)
     for chunk in stored.chunks:
-        first = max(start, chunk.offsets[0])
-        last = min(stop, chunk.offsets[0] + chunk.sizes[0])
-        if first >= last or not math.prod(chunk.sizes):
+        offsets, sizes = chunk.offsets or (0,), chunk.sizes or (1,)
+        first, last = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
+        if first >= last or not math.prod(sizes):
             continue
-        row = math.prod(chunk.sizes[1:]) * stored.dtype.itemsize
-        begin = chunk.begin + (first - chunk.offsets[0]) * row
-        part = _read(chunk.file, begin, (last - first, *chunk.sizes[1:]), stored.dtype)
-        inner = [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
-        out[(slice(first - start, last - start), *inner)] = part
-    return out
+        begin = chunk.begin + (first - offsets[0]) * math.prod(sizes[1:]) * stored.dtype.itemsize
+        inner = [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
+        target = out[(slice(first - start, last - start), *inner)]
+        if target.is_contiguous():
+            _read(chunk.file, begin, target)
+        else:
+            part = torch.empty(target.shape, dtype=target.dtype)
+            _read(chunk.file, begin, part)
+            target.copy_(part)
+    return out.view(stored.shape) if not stored.shape else out
 
 
-def _read(path: Path, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+def _read(path: Path, begin: int, target: Tensor) -> None:
+    """Fill a contiguous tensor from the bytes at ``begin``."""
     with path.open("rb", buffering=0) as stream:
         stream.seek(begin)
-        rest = raw.numpy().data
+        rest = target.view(-1).view(torch.uint8).numpy().data
         while rest:
             count = stream.readinto(rest)
             if not count:
                 raise OSError(f"{path.name} ends too early")
             rest = rest[count:]
-    return raw.view(dtype).view(shape)
 
 
 @dataclass(frozen=True)
@@ -218,3 +220,4 @@ def write_file(path: Path, pieces: Iterable[Piece]) -> None:
             assert values.dtype == piece.dtype, piece.name
             assert tuple(values.shape) == piece.sizes, piece.name
             stream.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del values  # before the next one is made
