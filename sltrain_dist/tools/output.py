@@ -45,9 +45,10 @@ def new_folder(output: Path, flag: str = "--output") -> Iterator[Path]:
         target = output.absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # mkdtemp's is 0700
         yield temporary
         for path in temporary.iterdir():
+            path.chmod(0o644)  # safetensors leaves 0600, which would shut out others
             sync(path)
         sync(temporary)
         os.rename(temporary, target)

@@ -116,8 +116,8 @@ def check_start(source: Pretrained, config: TrainConfig) -> None:
     _check_method(source, config.method)
     if not source.generated:
         raise UserError(
-            f"{_FLAG} {source.path}: its support was drawn by the reference implementation, which a run cannot draw "
-            "again; export it with --to hf and import that with --method sltrain"
+            f"{_FLAG} {source.path}: its support was drawn by the reference implementation, and a run draws its own; "
+            "convert it by launcher/import_weights.py --method sltrain"
         )
     _check_model(source, config.model)
 

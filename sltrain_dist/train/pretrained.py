@@ -195,7 +195,9 @@ def _open_checkpoint(folder: Path, flag: str, verify: bool) -> Pretrained:
         return files.read(prefix + name)
 
     shapes = {name: spec.shape for name, spec in specs.items()}
-    tokenizer = open_tokenizer(folder.resolve().parent) or _cached_tokenizer(document, model)
+    places = (folder, folder.resolve().parent)  # the first: of a converted checkpoint
+    found_tokenizers = (open_tokenizer(place) for place in places)
+    tokenizer = next(filter(None, found_tokenizers), None) or _cached_tokenizer(document, model)
     return Pretrained(
         "checkpoint", folder, flag, model, method, tokenizer, shapes, True, support_hash, read
     )

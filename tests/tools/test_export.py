@@ -61,6 +61,7 @@ def test_hf_has_equal_logits_and_text(
     assert logits.shape == expected.shape
     assert (logits - expected).abs().max() < 1e-5
     assert done.parameters == sum(parameter.numel() for parameter in theirs.parameters())
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in (tmp_path / "out").iterdir())
 
     prompt = tokens(2, 7)
     ours = greedy(load_model(pretrained), prompt, 12)

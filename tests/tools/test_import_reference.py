@@ -1,5 +1,6 @@
 """Folders as the reference implementation writes them, built here from its formula, in both formats."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -13,8 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from launcher import export, import_weights
-from sltrain_dist.tools.weights import load_model, merge, open_pretrained
+from sltrain_dist.config import TrainConfig
+from sltrain_dist.tools.weights import Pretrained, load_model, merge, open_pretrained
+from sltrain_dist.train.init_from import check_start
+from sltrain_dist.utils.errors import UserError
 from tests.tools.saved import tokens
+from tests.train.fake_engine import make_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -129,6 +134,26 @@ def test_through_to_transformers(tmp_path: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype="auto")
     assert (theirs(tokens()).logits - content[2](tokens()).logits).abs().max() < 1e-5
     assert not open_pretrained(again, "--model").generated
+
+
+def test_training_from_it_needs_a_support_of_ours(tmp_path: Path) -> None:
+    """Refused in one line; what the line says gives a folder that a run can start from."""
+    source = write(tmp_path / "source", reference(True))
+    factored, ours = tmp_path / "factored", tmp_path / "ours"
+    assert import_weights.main([str(source), "--output", str(factored)]) == 0
+    imported = open_pretrained(factored, "--init_from")
+
+    def config(start: Pretrained) -> TrainConfig:
+        same = dataclasses.replace(make_config("unused"), model=start.model, method=start.method)
+        return dataclasses.replace(same, init_from=str(start.path))
+
+    with pytest.raises(UserError, match=r"^--init_from .*import_weights.py --method sltrain$"):
+        check_start(imported, config(imported))
+    flags = "--method sltrain --support uniform --rank 24 --sp_ratio 0.3".split()
+    assert import_weights.main([str(factored), "--output", str(ours), *flags]) == 0
+    converted = open_pretrained(ours, "--init_from")
+    check_start(converted, config(converted))
+    assert converted.generated
 
 
 def q(part: str, layer: int = 1) -> str:
