@@ -16,7 +16,11 @@ from sltrain_dist.utils.errors import UserError
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = Parser(description=__doc__, allow_abbrev=False)
+    result = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     result.add_argument(
         "model", help="a run folder, one of its step_N, a factored or an HF LLaMA folder"
     )

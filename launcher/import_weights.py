@@ -23,6 +23,10 @@ from sltrain_dist.train.flags import DTYPES, FLAGS, Parser
 from sltrain_dist.utils.errors import UserError
 
 NAMES = ("rank", "sp_ratio", "lora_alpha", "support", "block_size", "seed")  # of --method sltrain
+HELP = {
+    "rank": "columns of B [hidden size / 4]",
+    "seed": "of the support [42]",
+}  # not as in training
 _FLAG = "SOURCE"
 
 
@@ -54,8 +58,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for name in NAMES:
         flag = FLAGS[name]
-        default = "" if flag.default is None else f" [{flag.default}]"
-        text = flag.help + default
+        text = HELP.get(name, f"{flag.help} [{flag.default}]")
         result.add_argument(f"--{name}", type=flag.kind or str, choices=flag.choices, help=text)
     return result
 
@@ -110,6 +113,11 @@ def read(given: dict[str, Any]) -> tuple[Pretrained, Errors | None]:
                 f"--{name} {given[name]}: dense weights have none; add --method sltrain"
             )
         return merge(source), None
+    for name in ("sp_ratio", "support", "block_size", "seed"):
+        if name in given and given["method"] == "low_rank":
+            raise UserError(
+                f"--{name} {given[name]}: is of S, which --method low_rank has not; leave it out"
+            )
     method = _method(given, source.model.hidden_size)
     return factorize(source, method, choose_device(given.get("device")))
 

@@ -274,6 +274,7 @@ def test_flags_that_do_not_go_together(
         ("--method sltrain --rank 0", "--rank 0: must be positive"),
         ("--method sltrain --sp_ratio 2", "--sp_ratio 2.0"),
         ("--from reference", "splora_config.json: not readable"),
+        ("--method low_rank --support block", "--support block: is of S, which --method low_rank"),
         ("--support triangle", "--support"),
     ):
         command = [str(whole), "--output", str(tmp_path / "out"), *flags.split()]
