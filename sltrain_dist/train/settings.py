@@ -28,11 +28,10 @@ from sltrain_dist.model.tensor_parallel import check_tensor_parallel
 from sltrain_dist.optim.schedule import check_schedule
 from sltrain_dist.optim.table import OptimizerFactory
 from sltrain_dist.parallel.ds_config import load_ds_config, resolve_ds_config, stage_of
-from sltrain_dist.parallel.mesh import check_axes
 from sltrain_dist.train.flags import DTYPES, FLAGS, REFERENCE_DEFAULTS, explicit, token_count
+from sltrain_dist.train.layout import finish_axes, finish_batches
 from sltrain_dist.utils.errors import UserError
 
-_LARGEST_MICRO_BATCH = 16
 _SEEDS = 2**31  # fits every generator that a seed goes to
 POSITIVE = ("rank", "block_size", "max_length", "batch_size", "total_batch_size", "timeout",
             "gradient_accumulation", "num_training_steps", "max_train_tokens", "lr", "eps",
@@ -67,8 +66,8 @@ def resolve(arguments: Sequence[str], world_size: int) -> TrainConfig:
         settings["workers"] = min(settings["workers"], os.cpu_count() or 1)
     settings |= _from_ds_config(ds_config) | given
     _check_ranges(settings)
-    dp_size = _finish_axes(settings, world_size)
-    _finish_batches(settings, given, dp_size)
+    dp_size = finish_axes(settings, world_size)
+    finish_batches(settings, given, dp_size)
     _finish_steps(settings, given, model)
     return _build(settings, model, ds_config, arguments, dp_size)
 
@@ -159,77 +158,6 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         raise UserError(f"--min_lr_ratio {settings['min_lr_ratio']}: must lie in [0, 1]")
     if not 0 < settings["sp_ratio"] < 1:
         raise UserError(f"--sp_ratio {settings['sp_ratio']}: the density must lie in (0, 1)")
-
-
-def _finish_axes(settings: dict[str, Any], world_size: int) -> int:
-    """Check the axes that ranks stand on against each other and their number; returns data-parallel ranks."""
-    tensor_parallel, replicate, shard = (
-        settings["tensor_parallel"], settings["replicate"], settings["shard"],
-    )  # fmt: skip
-    check_axes(world_size, tensor_parallel, replicate)
-    dp_size = int(world_size // tensor_parallel)
-    if shard is not None and replicate * shard != dp_size:
-        raise UserError(
-            f"--shard {shard}: x --replicate {replicate} is {replicate * shard}, but there are {dp_size} data-parallel"
-            " ranks; leave one of the two out"
-        )
-    if settings["single_gpu"] and world_size > 1:
-        raise UserError(
-            f"--single_gpu: the run was started on {world_size} ranks; start one process"
-        )
-    if not settings["sequence_parallel"]:
-        return dp_size
-    if tensor_parallel == 1:
-        raise UserError(
-            "--sequence_parallel: cuts positions over tensor-parallel ranks; add --tensor_parallel 2 or more"
-        )
-    if settings["max_length"] % tensor_parallel:
-        raise UserError(
-            f"--max_length {settings['max_length']}: --sequence_parallel cuts it over {tensor_parallel} ranks; take a"
-            f" multiple of {tensor_parallel}"
-        )
-    if settings["use_hf_model"]:
-        raise UserError(
-            "--sequence_parallel: transformers' decoder (--use_hf_model) cannot; drop one of them"
-        )
-    return dp_size
-
-
-def _finish_batches(settings: dict[str, Any], given: dict[str, Any], dp_size: int) -> None:
-    """Fix micro-batch, accumulation and total, each derived from the others where it was not given."""
-    batch, total, steps = (
-        settings["batch_size"], settings["total_batch_size"], settings["gradient_accumulation"],
-    )  # fmt: skip
-    if "total_batch_size" not in given and steps is not None and batch is not None:
-        total = batch * steps * dp_size
-    if total is None:
-        batch = batch or 8
-        total = batch * (steps or 1) * dp_size
-    ranks = (
-        f"{dp_size} {'data-parallel ' * (settings['tensor_parallel'] > 1)}rank{'s' * (dp_size > 1)}"
-    )
-    if total % dp_size:
-        raise UserError(f"--total_batch_size {total}: not divisible by {ranks}")
-    per_rank = total // dp_size
-    if batch is None:
-        share = per_rank // steps if steps and per_rank % steps == 0 else per_rank
-        batch = (
-            share if steps else max(n for n in range(1, _LARGEST_MICRO_BATCH + 1) if share % n == 0)
-        )
-    if "batch_size" not in given and steps is None and per_rank % batch:
-        batch = max(n for n in range(1, batch + 1) if per_rank % n == 0)
-    if per_rank % batch:
-        raise UserError(
-            f"--total_batch_size {total}: not divisible by --batch_size {batch} x {ranks}; "
-            f"the nearest multiple is {max(1, round(total / batch / dp_size)) * batch * dp_size}"
-        )
-    if steps is not None and batch * steps * dp_size != total:
-        raise UserError(
-            f"--gradient_accumulation {steps}: x --batch_size {batch} x {ranks} is "
-            f"{batch * steps * dp_size}, not --total_batch_size {total}; leave one of them out"
-        )
-    settings |= {"batch_size": batch, "total_batch_size": total,
-                 "gradient_accumulation": per_rank // batch}  # fmt: skip
 
 
 def _finish_steps(settings: dict[str, Any], given: dict[str, Any], model: ModelConfig) -> None:

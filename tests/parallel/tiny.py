@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 from sltrain_dist.config import EngineConfig, MethodConfig, ModelConfig, OptimizerConfig
 from sltrain_dist.model.llama import Llama
+from sltrain_dist.model.tensor_parallel import check_tensor_parallel, parallelize
+from sltrain_dist.ops.linear import Path
 from sltrain_dist.optim import OptimizerFactory
 from sltrain_dist.parallel.engine import Engine, ModelFactory, build_engine
 from sltrain_dist.parallel.mesh import Mesh
+from sltrain_dist.parallel.tensor import TensorParallel, tensor_parallel
+from sltrain_dist.params.linears import SLTrain
 from sltrain_dist.train import loop
 
 LENGTH, GLOBAL_BATCH, ACCUMULATION = 16, 8, 2
@@ -36,14 +40,35 @@ MODEL = ModelConfig(
     initializer_range=0.1,
 )
 
+# What four tensor-parallel ranks can share: 4 key/value heads, 8 windows; the width is padded, 172 to 192.
+SHARED = dataclasses.replace(MODEL, vocab_size=249, intermediate_size=172, num_key_value_heads=4)
+SHARED_METHODS = {
+    "fan_in": dataclasses.replace(METHOD, density=0.125),
+    "block": dataclasses.replace(METHOD, density=0.125, support="block", block_size=4),
+    "low_rank": dataclasses.replace(METHOD, method="low_rank"),
+    "full": dataclasses.replace(METHOD, method="full"),
+}
+
 SMALL = dataclasses.replace(MODEL, num_hidden_layers=1)  # where one block shows as much as two
 
 
 def tiny_factory(
-    method: MethodConfig = METHOD, model: ModelConfig = SMALL, **options: Any
+    method: MethodConfig = METHOD,
+    model: ModelConfig = SMALL,
+    tp: TensorParallel | None = None,
+    decoder: Callable[..., Any] = Llama,
+    path: Path = "composed",
+    **options: Any,
 ) -> ModelFactory:
     def make(*, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-        return Llama(model, method, device=device, dtype=dtype, **options)
+        made: nn.Module = decoder(model, method, device=device, dtype=dtype, **options)
+        if tp is not None:
+            check_tensor_parallel(decoder(model, method), tp.size)
+            parallelize(made, tp)
+        for module in made.modules():
+            if isinstance(module, SLTrain):
+                module.path = path
+        return made
 
     return make
 
@@ -113,11 +138,17 @@ def build(
     optimizer: OptimizerConfig = OPTIMIZER,
     method: MethodConfig = METHOD,
     model: ModelConfig = SMALL,
+    options: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Engine:
-    """A fresh engine over the tiny model."""
-    factory = tiny_factory(method, model)
+    """A fresh engine over the tiny model, cut over the tensor-parallel ranks of the mesh.
+
+    options: of `tiny_factory`; changes: of `config`.
+    """
+    changes = {"tensor_parallel": mesh.tp_size, "replicate": mesh.replicate_size} | changes
     engine_config = config(kind, mesh.dp_size, **changes)
+    tp = tensor_parallel(mesh, engine_config)
+    factory = tiny_factory(method, model, tp, **(options or {}))
     return build_engine(factory, mesh, engine_config, OptimizerFactory(optimizer), method.seed)
 
 
