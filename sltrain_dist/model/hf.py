@@ -59,6 +59,7 @@ class HFLlama(nn.Module):
         if checkpointing == "block":
             theirs.gradient_checkpointing_enable({"use_reentrant": False})
         self.config = config
+        self.method = method
         self.model = theirs.model
         self.lm_head = Head(config, device, dtype)
         self.tie_weights()

@@ -26,7 +26,13 @@ from tests.parallel import tiny
 from tests.ranks import run_ranks
 
 Curve = list[tuple[float, float]]
-UPDATES, LR = 20, 1e-2
+UPDATES = 20
+LR = {
+    "fan_in": 1e-2,
+    "block": 1e-2,
+    "low_rank": 5e-3,
+    "full": 1e-2,
+}  # with which the loss falls by 1 nat
 SHAPES = {"1x1": (1, 1), "2x1": (2, 1), "4x1": (4, 1), "2x2": (2, 2), "1x4": (1, 4)}
 ENGINES = ("fsdp", "zero1", "zero2", "zero3")
 METHODS = tuple(tiny.SHARED_METHODS)
@@ -87,7 +93,7 @@ def curve(layout: Layout, updates: int = UPDATES) -> tuple[Curve, int]:
         model=tiny.SHARED,
         sequence_parallel=layout.sequence,
     )
-    losses = [tiny.update(engine, number, LR) for number in range(updates)]
+    losses = [tiny.update(engine, number, LR[layout.method]) for number in range(updates)]
     return losses, engine.support_hash()
 
 

@@ -21,17 +21,38 @@ from tests.parallel.layouts import Curve, Layout
 from tests.parallel.test_same_curve import assert_same_curve
 from tests.ranks import run_ranks
 
+LR = layouts.LR["fan_in"]
+FEW = 8  # updates, where a fault would show at once
 HYBRID = Layout("fan_in", "fsdp", "1x4", False, hybrid=True)
 COVER = [*layouts.cover(layouts.matrix()), HYBRID]
 
 
-@functools.cache
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Cache what a call gives, or raises: a failure must not be run again for every test that needs it."""
+
+    @functools.cache
+    def outcome(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except AssertionError as error:
+            return error
+
+    def call(*arguments: Any) -> Any:
+        found = outcome(*arguments)
+        if isinstance(found, AssertionError):
+            raise found
+        return found
+
+    return call
+
+
+@once
 def references() -> dict[str, tuple[Curve, int]]:
     found = layouts.run([layouts.reference(method) for method in layouts.METHODS])
     return {layout.method: result for layout, result in found.items()}
 
 
-@functools.cache
+@once
 def results(ranks: int) -> dict[Layout, tuple[Curve, int]]:
     return layouts.run([layout for layout in COVER if layout.ranks == ranks])
 
@@ -77,7 +98,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _variant(mesh: Mesh, name: str, sequence: bool, updates: int = layouts.UPDATES) -> Curve:
+def _variant(mesh: Mesh, name: str, sequence: bool) -> Curve:
     import dataclasses
 
     variant = VARIANTS[name]
@@ -90,7 +111,7 @@ def _variant(mesh: Mesh, name: str, sequence: bool, updates: int = layouts.UPDAT
         sequence_parallel=sequence,
         **variant.get("changes", {}),
     )
-    return [tiny.update(engine, number, layouts.LR) for number in range(updates)]
+    return [tiny.update(engine, number, LR) for number in range(FEW)]
 
 
 def _variants(mesh: Mesh) -> dict[tuple[str, bool], Curve]:
@@ -103,7 +124,7 @@ def _variants(mesh: Mesh) -> dict[tuple[str, bool], Curve]:
     }
 
 
-@functools.cache
+@once
 def variants(ranks: int) -> dict[tuple[str, bool], Curve]:
     found: dict[tuple[str, bool], Curve] = run_ranks(_variants, ranks, timeout=600)[0]
     return found
@@ -113,7 +134,10 @@ def variants(ranks: int) -> dict[tuple[str, bool], Curve]:
 def test_a_variant_trains_the_curve_of_one_process(name: str) -> None:
     expected = variants(1)[name, False]
     for sequence in VARIANTS[name].get("sequence", (False, True)):
-        assert_same_curve(expected, variants(2)[name, sequence])
+        loss, norm = layouts.difference(expected, variants(2)[name, sequence])
+        assert loss <= 1e-4
+        assert norm <= 1e-4
+    assert expected[-1][0] < expected[0][0] - 0.25
 
 
 def _no_sum(x: Tensor, group: Any) -> Tensor:
@@ -143,7 +167,7 @@ def _faulty(_: Mesh) -> dict[str, Curve]:
         right = getattr(owner, attribute)
         setattr(owner, attribute, fault)
         try:
-            found[name] = _variant(mesh, "grouped-query heads", sequence, updates=8)
+            found[name] = _variant(mesh, "grouped-query heads", sequence)
         finally:
             setattr(owner, attribute, right)
     return found
@@ -151,9 +175,8 @@ def _faulty(_: Mesh) -> dict[str, Curve]:
 
 def test_the_comparison_rejects_planted_faults() -> None:
     for name, curve in run_ranks(_faulty, 2)[0].items():
-        with pytest.raises(AssertionError, match=r"update \d+: (loss|norm)"):
-            assert_same_curve(variants(1)["grouped-query heads", False], curve)
-        assert name
+        loss, norm = layouts.difference(variants(1)["grouped-query heads", False], curve)
+        assert max(loss, norm) > 1e-3, name
 
 
 def _dropout(_: Mesh) -> tuple[list[float], bool, bool]:
@@ -164,7 +187,7 @@ def _dropout(_: Mesh) -> tuple[list[float], bool, bool]:
     torch.manual_seed(11)  # as train.build seeds: the same on tensor-parallel ranks
     method = dataclasses.replace(tiny.SHARED_METHODS["fan_in"], dropout=0.25)
     engine = tiny.build(mesh, "fsdp", method=method, model=tiny.SHARED, sequence_parallel=True)
-    losses = [tiny.update(engine, number, layouts.LR)[0] for number in range(8)]
+    losses = [tiny.update(engine, number, LR)[0] for number in range(8)]
     masks = {}
     x = torch.ones(2, 8, 16)
     for module in engine.module.modules():

@@ -41,11 +41,11 @@ MODEL = ModelConfig(
 )
 
 # What four tensor-parallel ranks can share: 4 key/value heads, 8 windows; the width is padded, 172 to 192.
-SHARED = dataclasses.replace(MODEL, vocab_size=249, intermediate_size=172, num_key_value_heads=4)
+SHARED = dataclasses.replace(MODEL, vocab_size=251, intermediate_size=172, num_key_value_heads=4)
 SHARED_METHODS = {
     "fan_in": dataclasses.replace(METHOD, density=0.125),
     "block": dataclasses.replace(METHOD, density=0.125, support="block", block_size=4),
-    "low_rank": dataclasses.replace(METHOD, method="low_rank"),
+    "low_rank": dataclasses.replace(METHOD, method="low_rank", rank=32),
     "full": dataclasses.replace(METHOD, method="full"),
 }
 
