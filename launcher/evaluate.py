@@ -35,13 +35,18 @@ FLAGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
+    for flag, options in FLAGS.items():
+        result.add_argument(flag, **options)
+    return result
+
+
 def main(arguments: list[str]) -> int:
     """Parse, evaluate, print."""
     try:
-        parser = Parser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
-        for name, options in FLAGS.items():
-            parser.add_argument(name, **options)
-        given = vars(parser.parse_args(arguments))
+        given = vars(parser().parse_args(arguments))
 
         from sltrain_dist.parallel import mesh
         from sltrain_dist.tools.evaluate import Request, describe, run, write

@@ -1,6 +1,7 @@
 """Rules of the house that no linter checks: who may import what, lengths of files, and the README's claims."""
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -70,12 +71,12 @@ def test_readme_names_what_exists():
     assert text.index("make pretrain") < text.index("make test") < text.index("##")
     from sltrain_dist.train.flags import FLAGS
 
-    flags = set(re.findall(r"--([a-z][a-z0-9_]+)", text)) - {
-        "num_gpus",
-        "standalone",
-        "nproc_per_node",
-    }
-    assert flags - {"help"} <= set(FLAGS)
+    others = {"num_gpus", "standalone", "nproc_per_node", "help"}
+    for name in ("generate", "evaluate", "export", "import_weights", "convert_checkpoint"):
+        parser = importlib.import_module(f"launcher.{name}").parser()
+        others |= {option.removeprefix("--") for option in parser._option_string_actions}
+    flags = set(re.findall(r"--([a-z][a-z0-9_]+)", text))
+    assert flags <= set(FLAGS) | others
     for path in re.findall(r"(?:launcher|benchmarks|docs|ds_configs|slurm)/[\w./]+\w", text):
         assert (ROOT / path).exists() or "{" in path, path
 
