@@ -313,3 +313,65 @@ def test_keep_hidden_needs_factorized_linears(line):
     assert config(f"{line} --keep_hidden auto").keep_hidden == "auto"
     with pytest.raises(UserError, match=r"--keep_hidden yes: only factorized linears"):
         config(f"{line} --keep_hidden yes")
+
+
+def test_axes():
+    got = config("--tensor_parallel 2 --sequence_parallel --replicate 2 --model llama_60m", 8)
+    assert (got.engine.tensor_parallel, got.engine.sequence_parallel) == (2, True)
+    assert got.engine.replicate == 2
+    # 512 sequences over the 4 data-parallel ranks, not over all 8.
+    assert got.engine.batch_size * got.engine.gradient_accumulation * 4 == 512
+    assert config("--replicate 2 --shard 4", 8).engine.replicate == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "ranks", "message"),
+    [
+        ("--tensor_parallel 3", 8, "--tensor_parallel 3: does not divide the 8 ranks"),
+        ("--tensor_parallel 0", 8, "--tensor_parallel 0: must be positive"),
+        ("--replicate 3", 8, "--replicate 3: does not divide the 8 data-parallel ranks"),
+        ("--replicate 2 --shard 2", 8, "--shard 2: x --replicate 2 is 4, but there are 8"),
+        ("--sequence_parallel", 8, "--sequence_parallel: cuts positions .* add --tensor_parallel"),
+        (
+            "--tensor_parallel 2 --sequence_parallel --max_length 65",
+            2,
+            "--max_length 65: --sequence_parallel cuts it over 2 ranks; take a multiple of 2",
+        ),
+        (
+            "--tensor_parallel 2 --sequence_parallel --use_hf_model",
+            2,
+            "--sequence_parallel: transformers' decoder",
+        ),
+        (
+            "--tensor_parallel 8",
+            8,
+            "does not divide num_attention_heads = 4; sizes that do: 1, 2, 4",
+        ),
+        ("--tensor_parallel 2 --support uniform", 2, "--support uniform .* cannot be cut"),
+        ("--tensor_parallel 2 --rank 9", 2, "--tensor_parallel 2: does not divide --rank = 9"),
+        ("--tensor_parallel 4", 4, "down_proj: dimension 1 of its values = 2; sizes that do: 1, 2"),
+        (
+            "--replicate 2 --ds_config ds_configs/zero2.json",
+            2,
+            "--replicate 2: is for --engine fsdp",
+        ),
+    ],
+)
+def test_axes_that_do_not_fit(line, ranks, message):
+    with pytest.raises(UserError, match=message):
+        config(line, ranks)
+
+
+def test_heads_of_keys_that_do_not_divide(tmp_path):
+    grouped = {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(grouped))
+    with pytest.raises(UserError, match="does not divide num_key_value_heads = 2"):
+        config(f"--model {tmp_path} --method full --tensor_parallel 4", 4)
