@@ -6,7 +6,7 @@ offers the loop four verbs: call the module, `accumulate`, `step`, and the check
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -111,6 +111,13 @@ class Engine(Protocol):
         """JSON-able state beside the tensors: the number of updates done."""
         ...
 
+    def held_bytes(self) -> dict[str, int]:
+        """What this rank's memory has while nothing is gathered: "parameters", "offsets" and "moments", in bytes.
+
+        Parameters are those the model computes with; float32 masters beside them are not counted.
+        """
+        ...
+
     def support_hash(self) -> int:
         """Layout-free hash of the offsets that are really on the devices (params.partial_hash)."""
         ...
@@ -145,6 +152,20 @@ def held_part(tensor: DTensor) -> Tensor:
 def clip_factor(norm: Tensor, limit: float) -> Tensor:
     """What gradients of global norm ``norm`` are multiplied by: limit / (norm + 1e-6), at most 1."""
     return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def count_bytes(
+    parameters: Iterable[tuple[Tensor, bool]], optimizer: torch.optim.Optimizer
+) -> dict[str, int]:
+    """`Engine.held_bytes` of (tensor, whether it is trained) and the states of ``optimizer``."""
+    held = {"parameters": 0, "offsets": 0, "moments": 0}
+    for tensor, trained in parameters:
+        held["parameters" if trained else "offsets"] += tensor.numel() * tensor.element_size()
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and name != "step":
+                held["moments"] += value.numel() * value.element_size()
+    return held
 
 
 def add_hashes(mesh: Mesh, own: int, ranks_with_same: int = 1) -> int:

@@ -26,6 +26,7 @@ from sltrain_dist.parallel.engine import (
     check_support,
     chunk_bounds,
     clip_factor,
+    count_bytes,
     optimizer_key,
 )
 from sltrain_dist.parallel.mesh import Mesh, sum_over_all
@@ -130,6 +131,10 @@ class FsdpEngine:
 
     def scalars(self) -> dict[str, Any]:
         return {"updates": self.updates, "optimizer_steps": self.updates}
+
+    def held_bytes(self) -> dict[str, int]:
+        shards = ((p.to_local(), p.requires_grad) for p in self.sharded.values())
+        return count_bytes(shards, self.optimizer)
 
     def support_hash(self) -> int:
         total = 0

@@ -29,6 +29,7 @@ from sltrain_dist.parallel.engine import (
     check_support,
     chunk_bounds,
     clip_factor,
+    count_bytes,
     held_part,
     optimizer_key,
 )
@@ -164,6 +165,14 @@ class ZeroEngine:
 
     def scalars(self) -> dict[str, Any]:
         return {"updates": self.updates, "optimizer_steps": self.updates}
+
+    def held_bytes(self) -> dict[str, int]:
+        held = []
+        for parameter in self.parameters.values():
+            held.append((held_weights(parameter)[0], parameter.requires_grad))
+            if self.stage == 3 and parameter.data.numel() > 1:  # small ones stay gathered
+                held.append((parameter.data, parameter.requires_grad))
+        return count_bytes(held, self.optimizer)
 
     def support_hash(self) -> int:
         replicas = self.mesh.dp_size if self.stage < 3 else 1

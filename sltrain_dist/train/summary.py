@@ -141,6 +141,7 @@ def print_summary(run: "Run", attention: str, norm: str) -> None:
     parts = ", ".join(
         f"{name} {human_bytes(size)}" for name, size in run.estimate.items() if name != "total"
     )
+    held = run.engine.held_bytes()
     rows = {
         "run": f"{run.records.folder}",
         "model": f"{config.model.name}{' (transformers)' if config.use_hf_model else ''}",
@@ -155,6 +156,7 @@ def print_summary(run: "Run", attention: str, norm: str) -> None:
         "batch": f"{config.total_batch_size} sequences x {config.data.sequence_length} tokens = "
         f"{engine.batch_size} x {run.mesh.dp_size} {'data-parallel ' * (run.mesh.tp_size > 1)}ranks x {engine.gradient_accumulation} micro-batches",
         "training": f"{left:,} updates, {left * config.tokens_per_update:,} tokens planned",
+        "held": "a rank holds " + ", ".join(f"{name} {human_bytes(n)}" for name, n in held.items()),
         "memory": f"about {human_bytes(run.estimate['total'])} a rank: {parts}",
     }
     for name, text in rows.items():

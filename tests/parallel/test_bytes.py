@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sltrain_dist.parallel.fsdp import FsdpEngine
 from sltrain_dist.parallel.mesh import Mesh, initialise
-from sltrain_dist.parallel.zero import ZeroEngine
-from sltrain_dist.parallel.zero_layout import held_weights
 from tests.parallel import tiny
 from tests.ranks import run_ranks
 
@@ -37,26 +34,6 @@ def size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def held(engine: Any) -> Bytes:
-    """What this rank's memory has, after an update, when nothing is gathered."""
-    parts: list[tuple[torch.Tensor, bool]] = []
-    if isinstance(engine, FsdpEngine):
-        for module in engine.module.modules():
-            getattr(module, "reshard", lambda: None)()
-        parts = [(p.to_local(), p.requires_grad) for p in engine.sharded.values()]
-    else:
-        assert isinstance(engine, ZeroEngine)
-        for parameter in engine.parameters.values():
-            piece, _ = held_weights(parameter)
-            parts.append((piece, parameter.requires_grad))
-            if engine.stage == 3 and parameter.data.numel() > 1:  # still gathered
-                parts.append((parameter.data, parameter.requires_grad))
-    states = engine.optimizer.state.values()
-    moments = sum(size(state[name]) for state in states for name in ("exp_avg", "exp_avg_sq"))
-    parameters = sum(size(tensor) for tensor, trained in parts if trained)
-    return parameters, sum(size(tensor) for tensor, trained in parts if not trained), moments
-
-
 def _held(_: Mesh, method: str) -> dict[str, Bytes]:
     found = {}
     for name, (kind, tensor, replicate, _) in CASES.items():
@@ -64,7 +41,8 @@ def _held(_: Mesh, method: str) -> dict[str, Bytes]:
         changes = {"ds_config": ZERO3} if kind == "zero3" else {}
         engine = tiny.build(mesh, kind, method=tiny.SHARED_METHODS[method], model=MODEL, **changes)
         tiny.update(engine, 0, 1e-3)
-        found[name] = held(engine)
+        own = engine.held_bytes()
+        found[name] = (own["parameters"], own["offsets"], own["moments"])
     return found
 
 
