@@ -6,6 +6,7 @@ import pytest
 
 from sltrain_dist.config import PRESETS, MethodConfig, ModelConfig
 from sltrain_dist.model.llama import Llama
+from sltrain_dist.model.tensor_parallel import check_tensor_parallel
 from sltrain_dist.params import count_parameters
 
 SIZES = {  # hidden, MLP width, layers, heads
@@ -65,3 +66,13 @@ def test_parameter_counts_of_the_published_table(name: str) -> None:
     method = MethodConfig(rank=rank, density=density, support="uniform")
     counted = count_parameters(Llama(config, method))["total"]
     assert counted / 1e6 == pytest.approx(sltrain, rel=1e-3)
+
+
+@pytest.mark.parametrize("density", [0.03, 0.05])
+@pytest.mark.parametrize("name", ModelConfig.presets())
+def test_presets_can_be_cut(name: str, density: float) -> None:
+    """docs/parallelism.md: all presets over 2 tensor-parallel ranks, from 1b on over 8."""
+    config = ModelConfig.load(name)
+    method = MethodConfig(rank=config.hidden_size // 4, density=density)
+    large = name in ("llama_1b", "llama_3b", "llama_7b", "llama_13b")
+    check_tensor_parallel(Llama(config, method), 8 if large else 2)
