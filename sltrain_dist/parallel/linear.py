@@ -52,6 +52,7 @@ class Region:
         self.input = (whole, x.detach(), _Input(self.tp)) if self.tp.sequence else None
         return whole
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter_hook(
         self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -114,6 +115,7 @@ class ParallelLinear:
         part: Tensor = getattr(self.linear, self.factor).detach()
         return gather_dim(part, self.dim, self.tp.group)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor) -> Tensor:
         linear, bias = self.linear, self.linear.bias
         try:
@@ -137,14 +139,14 @@ class ParallelLinear:
             if name not in ("bias", *without):
                 tensors[name] = self.tp.shared(parameter) if name == "scaling" else parameter
         shard = source = None
-        if self.region.input is not None and self.region.input[0] is x:
+        if self.region.input is not None and _same(self.region.input[0], x):
             _, shard, source = self.region.input
         keep = torch.is_grad_enabled()
         y: Tensor = _Node.apply(self, product, source, shard, keep, x, *tensors.values())
         return y
 
     def _with_dropout(self, x: Tensor) -> Tensor:
-        """Dropout acts on the input of the low-rank product alone."""
+        """Dropout acts on the input of the low-rank product alone, which is kept whole for backward."""
         linear = self.linear
         dropped = self._dropped(x, linear.dropout)
         if not isinstance(linear, SLTrain):
@@ -165,6 +167,11 @@ class ParallelLinear:
         generator = torch.Generator(x.device).manual_seed(seed + self.tp.rank)
         kept = torch.rand(x.shape, generator=generator, device=x.device) >= probability
         return x * kept.to(x.dtype) / (1 - probability)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same memory; DeepSpeed's hooks hand a module another object of its input."""
+    return one.shape == other.shape and one.data_ptr() == other.data_ptr()
 
 
 class _Node(torch.autograd.Function):

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sltrain_dist.utils.errors import UserError
 
@@ -167,10 +168,14 @@ def initialise(
     device_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=names)
     host_mesh = device_mesh
     if device_type != "cpu":
-        host_mesh = DeviceMesh("cpu", ranks, mesh_dim_names=names)
+        only_gloo = (("gloo", None),) * len(names)  # else NCCL is joined once more for each axis
+        host_mesh = DeviceMesh("cpu", ranks, mesh_dim_names=names, backend_override=only_gloo)
     dp_mesh = device_mesh[SHARD_AXIS]
     if replicate > 1:
         dp_mesh = device_mesh[REPLICATE_AXIS, SHARD_AXIS]._flatten(DP_AXIS)
+    for axes in (device_mesh, host_mesh):  # whose groups have torch's own timeout, 30 minutes
+        for group in (*axes.get_all_groups(), dp_mesh.get_group()):
+            _set_pg_timeout(timedelta(seconds=timeout), group)
     return Mesh(
         rank, world_size, local_rank, rank // tensor_parallel, world_size // tensor_parallel,
         rank % tensor_parallel, tensor_parallel, own_device, device_mesh, host_mesh,

@@ -17,7 +17,7 @@ import torch
 from sltrain_dist.config import MethodConfig, ModelConfig, OptimizerConfig
 from sltrain_dist.optim import OptimizerFactory, assert_live
 from sltrain_dist.parallel.engine import Engine, add_hashes, build_engine, check_support
-from sltrain_dist.parallel.mesh import Mesh, sum_over_ranks
+from sltrain_dist.parallel.mesh import Mesh, initialise, sum_over_ranks
 from sltrain_dist.params import collect_specs
 from sltrain_dist.utils.errors import UserError
 from tests.parallel import tiny
@@ -302,3 +302,15 @@ def test_adafactor_on_one_rank() -> None:
     trained, loaded = run_ranks(_one_engine_on_one_rank, 1)[0]
     assert abs(trained) < 1e-5
     assert abs(loaded) < 1e-6
+
+
+def _axes(_: Mesh) -> None:
+    mesh = initialise(45.0, "cpu", tensor_parallel=2)
+    for group in (mesh.tp_group, mesh.dp_group):
+        backend: Any = group._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.total_seconds() == 45
+    assert (mesh.tp_size, mesh.tp_rank, mesh.dp_size) == (2, mesh.rank, 1)
+
+
+def test_every_axis_has_the_timeout_of_the_run() -> None:
+    run_ranks(_axes, 2)

@@ -84,6 +84,11 @@ def test_the_whole_matrix() -> None:
         assert support == expected_support, layout.text
 
 
+EVERYTHING: dict[str, Any] = {
+    "model": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "method": {"train_scaling": True},
+    "options": {"checkpointing": "block", "path": "factorized"},
+}
 # Variants: what else must not change the curve, each on two tensor-parallel ranks against one process.
 VARIANTS: dict[str, dict[str, Any]] = {
     "tied embeddings and biases": {
@@ -95,6 +100,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trained scale": {"method": {"train_scaling": True}},
     "transformers' decoder": {"options": {"decoder": HFLlama}, "sequence": (False,)},
     "gradients reduced once": {"changes": {"grad_sync": "last"}},
+    "compiled blocks": {"compile": True},
+    "all of it under ZeRO-1": {"engine": "zero1"} | EVERYTHING,
+    "all of it under ZeRO-3": {"engine": "zero3"} | EVERYTHING,
 }
 
 
@@ -104,13 +112,16 @@ def _variant(mesh: Mesh, name: str, sequence: bool) -> Curve:
     variant = VARIANTS[name]
     engine = tiny.build(
         mesh,
-        "fsdp",
+        variant.get("engine", "fsdp"),
         method=dataclasses.replace(tiny.SHARED_METHODS["fan_in"], **variant.get("method", {})),
         model=dataclasses.replace(tiny.SHARED, **variant.get("model", {})),
         options=variant.get("options"),
         sequence_parallel=sequence,
         **variant.get("changes", {}),
     )
+    if variant.get("compile"):
+        for block in engine.module.blocks:  # type: ignore[union-attr]
+            block.compile(backend="aot_eager")
     return [tiny.update(engine, number, LR) for number in range(FEW)]
 
 
@@ -179,15 +190,20 @@ def test_the_comparison_rejects_planted_faults() -> None:
         assert max(loss, norm) > 1e-3, name
 
 
-def _dropout(_: Mesh) -> tuple[list[float], bool, bool]:
-    """Losses of a training with dropout, and whether masks agree where they must and differ where they must."""
+def _dropout(_: Mesh) -> tuple[list[float], list[float], bool, bool]:
+    """Losses of a training with dropout, with recomputed blocks too; whether masks agree and differ where they must."""
     import dataclasses
 
     mesh = initialise(device="cpu", tensor_parallel=2)
-    torch.manual_seed(11)  # as train.build seeds: the same on tensor-parallel ranks
     method = dataclasses.replace(tiny.SHARED_METHODS["fan_in"], dropout=0.25)
-    engine = tiny.build(mesh, "fsdp", method=method, model=tiny.SHARED, sequence_parallel=True)
-    losses = [tiny.update(engine, number, LR)[0] for number in range(8)]
+    curves = []
+    for checkpointing in ("block", "none"):
+        torch.manual_seed(11)  # as train.build seeds: the same on tensor-parallel ranks
+        options = {"checkpointing": checkpointing}
+        engine = tiny.build(
+            mesh, "fsdp", method=method, model=tiny.SHARED, options=options, sequence_parallel=True
+        )
+        curves.append([tiny.update(engine, number, LR)[0] for number in range(FEW)])
     masks = {}
     x = torch.ones(2, 8, 16)
     for module in engine.module.modules():
@@ -199,12 +215,14 @@ def _dropout(_: Mesh) -> tuple[list[float], bool, bool]:
         for row in (False, True)
     )
     assert 0.15 < float((masks[True] == 0).float().mean()) < 0.35
-    return losses, torch.equal(agree[0], agree[1]), torch.equal(differ[0], differ[1])
+    recomputed, kept = curves
+    return recomputed, kept, torch.equal(agree[0], agree[1]), torch.equal(differ[0], differ[1])
 
 
 def test_dropout_agrees_on_common_inputs_and_differs_on_cut_ones() -> None:
-    (losses, agree, differ), (other_losses, *_) = run_ranks(_dropout, 2)
+    (recomputed, losses, agree, differ), (_, other_losses, *_) = run_ranks(_dropout, 2)
     assert losses == other_losses
+    assert losses == recomputed
     assert losses[-1] < losses[0] - 0.3
     assert agree
     assert not differ
