@@ -49,11 +49,13 @@ def main(arguments: list[str]) -> int:
         given = vars(parser().parse_args(arguments))
 
         from sltrain_dist.parallel import mesh
-        from sltrain_dist.tools.evaluate import Request, describe, run, write
+        from sltrain_dist.tools.evaluate import Request, check_target, describe, run, write
         from sltrain_dist.tools.inference import choose_device, merged_flag
 
         given["merged"] = merged_flag(given["merged"], given.pop("factored"))
         target, device = given.pop("json"), choose_device(given.pop("device")).type
+        if target:
+            check_target(Path(target))
         world = mesh.initialise(device=device)
         try:
             result = run(Request(**given), world)

@@ -47,6 +47,10 @@ def main(arguments: list[str]) -> int:
     """Parse, read the prompt, generate."""
     try:
         given = vars(parser().parse_args(arguments))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "generate.py writes from one process: start it with python, not with torchrun"
+            )
 
         from sltrain_dist.tools.generate import Request, generate, piped_text
         from sltrain_dist.tools.inference import merged_flag

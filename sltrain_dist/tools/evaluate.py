@@ -10,6 +10,7 @@ batches; each holds the whole model.
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,7 +104,8 @@ def run(request: Request, mesh: Mesh) -> dict[str, Any]:
     length = settings.data.sequence_length
     try:
         model = load_model(pretrained, mesh.device, settings.dtype, merged)
-        choose_paths(model, settings.batch_size * length)
+        samples = max(part.samples for part in held)
+        choose_paths(model, min(settings.batch_size, samples) * length)
         batches = itertools.chain.from_iterable(held)
         loss, tokens = evaluate(_Whole(model, mesh), batches, settings.mode)
     except torch.OutOfMemoryError:
@@ -245,11 +247,12 @@ def _open(
     for split in splits:
         samples = make_samples(open_split(folder, split), data.pack, data.sequence_length)
         if left > 0 and int(samples.targets().sum()):
+            largest = -(-len(samples) // mesh.dp_size)  # more would be filled with nothing
             parts.append(
                 Evaluation(
                     samples,
                     eval_tokens=left,
-                    micro_batch=settings.batch_size,
+                    micro_batch=min(settings.batch_size, largest),
                     dp_rank=mesh.dp_rank,
                     dp_size=mesh.dp_size,
                 )
@@ -262,6 +265,18 @@ def _open(
             f"give a longer text{more}"
         )
     return parts
+
+
+def check_target(target: Path) -> None:
+    """Refuse a place where `write` could not write, before anything is evaluated.
+
+    Raises:
+        UserError: a folder, or nothing that can be written in.
+    """
+    folder = target.absolute().parent
+    if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        problem = "is a folder" if target.is_dir() else f"{folder} is no folder to write in"
+        raise UserError(f"--json {target}: {problem}; give a new file")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

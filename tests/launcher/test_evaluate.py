@@ -84,7 +84,8 @@ def test_the_tokenizer_is_the_models_own(bare, trained, inputs, tmp_path):
         (["RUN", "--dtype", "half"], "--dtype half"),
         (["RUN", "--device", "tpu"], "--device"),
         (["RUN", "--merged", "--factored"], "--merged"),
-        (["RUN", "--json", "/no/such/folder/file"], "--json /no/such/folder/file"),
+        (["RUN", "--json", "/no/such/folder/file"], "/no/such/folder is no folder to write in"),
+        (["RUN", "--json", "/"], "--json /: is a folder"),
     ],
 )
 def test_mistakes(bare, trained, capsys, arguments, words):
@@ -92,6 +93,13 @@ def test_mistakes(bare, trained, capsys, arguments, words):
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith("error: ")
     assert words in message
+
+
+def test_a_batch_larger_than_the_text_costs_nothing(bare, trained, tmp_path):
+    target = tmp_path / "result.json"
+    assert evaluate.main([str(trained), "--batch_size", "100000000", "--json", str(target)]) == 0
+    loss = json.loads(target.read_text())["loss"]
+    assert loss == pytest.approx(summary(trained)["final_eval_loss"], rel=1e-6)
 
 
 def test_a_damaged_checkpoint_under_torchrun_is_one_line(trained, tmp_path):
