@@ -116,7 +116,8 @@ def _wrong_tensors(opened: Opened) -> Iterator[str]:
     """The tensors that state.json promises against those in the files."""
     promised = opened.document["tensors"]
     for name in opened.tensors.keys() - promised.keys():
-        yield f"{opened.tensors[name].files[0]}: {name} is not in {STATE}"
+        # Of a chunk, not of ``files``: a tensor without elements is in none of these.
+        yield f"{opened.tensors[name].chunks[0].file.name}: {name} is not in {STATE}"
     for name, entry in promised.items():
         stored = opened.tensors.get(name)
         shape = tuple(entry["shape"])
@@ -130,6 +131,8 @@ def _wrong_tensors(opened: Opened) -> Iterator[str]:
         boxes = [(chunk.offsets, chunk.sizes) for chunk in stored.chunks]
         if problem := coverage_problem(shape, boxes):
             yield f"{name}: elements are {problem} (files {', '.join(stored.files) or 'none'})"
+        elif stored.shape != shape:  # of tensors without elements, which cover any such shape
+            yield f"{name}: {list(stored.shape)} in the files, {list(shape)} in {STATE}"
 
 
 def _wrong_model(opened: Opened) -> Iterator[str]:

@@ -83,7 +83,7 @@ def load(folder: Path, engine: Engine, config: TrainConfig) -> Resumed:
     read_tensors(folder, stored)
     engine.load_state(state, document["scalars"])
     exact = not messages
-    if (layout := _other_layout(document, engine.name, engine.mesh)) is None:
+    if (layout := _other_layout(document, engine.name, engine.mesh, config)) is None:
         path = folder / f"rng-{engine.mesh.rank:05d}.json"
         restore_random_state(json.loads(path.read_text(encoding="utf-8")))
     else:
@@ -93,16 +93,32 @@ def load(folder: Path, engine: Engine, config: TrainConfig) -> Resumed:
     return Resumed(progress, exact, tuple(messages))
 
 
-def _other_layout(document: dict[str, Any], engine: str, mesh: Mesh) -> str | None:
-    """A line where a checkpoint was saved by other ranks or another engine: random states mean nothing here."""
-    saved = (document["world_size"], document.get("tensor_parallel", 1), document["engine"])
-    here = (mesh.world_size, mesh.tp_size, engine)
-    if saved == here:
+def _other_layout(
+    document: dict[str, Any], engine: str, mesh: Mesh, config: TrainConfig
+) -> str | None:
+    """A line where a checkpoint was saved by other ranks, another engine, or ranks that add up in another order."""
+    before = document["config"]["engine"]  # older checkpoints know neither of the last two
+    saved = {
+        "tensor parallel": document.get("tensor_parallel", 1),
+        "replicate": before.get("replicate", 1),
+        "sequence parallel": "on" if before.get("sequence_parallel") else "off",
+    }
+    here = {
+        "tensor parallel": mesh.tp_size,
+        "replicate": config.engine.replicate,
+        "sequence parallel": "on" if config.engine.sequence_parallel else "off",
+    }
+    ranks = (document["world_size"], document["engine"])
+    changed = [axis for axis in saved if saved[axis] != here[axis]]
+    if ranks == (mesh.world_size, engine) and not changed:
         return None
-    tensor_parallel = ("", "")
-    if saved[1] != here[1]:
-        tensor_parallel = (f" (tensor parallel {saved[1]})", f" (tensor parallel {here[1]})")
     return (
-        f"saved by {saved[0]} ranks of engine {saved[2]}{tensor_parallel[0]}, resumed by"
-        f" {here[0]} of {here[2]}{tensor_parallel[1]}: random states start anew, not bit-exact"
+        f"saved by {ranks[0]} ranks of engine {ranks[1]}{_axes(saved, changed)}, resumed by"
+        f" {mesh.world_size} of {engine}{_axes(here, changed)}:"
+        " random states start anew, not bit-exact"
     )
+
+
+def _axes(layout: dict[str, int | str], names: list[str]) -> str:
+    """ " (tensor parallel 2, sequence parallel on)", or nothing."""
+    return f" ({', '.join(f'{name} {layout[name]}' for name in names)})" if names else ""

@@ -6,6 +6,7 @@ save is in flight at most: the next one waits for it before it copies. The threa
 over a gloo group of its own, so that it never stands between the collectives of training.
 """
 
+import contextlib
 import dataclasses
 import socket
 import threading
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.mesh import Mesh, gather_objects
+from sltrain_dist.train.checkpoint_room import available_memory
 from sltrain_dist.train.checkpoint_tensors import FILE_BYTES
 from sltrain_dist.train.checkpoint_write import Progress, Saved, Staged, stage, store
 from sltrain_dist.train.summary import human_bytes
@@ -67,7 +69,8 @@ class HostCopies:
         """Give the memory back."""
         self._copies = {}
         if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+            if int(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())):
+                _forget_error()
             self._pinned = False
         self._memory = torch.empty(0, dtype=torch.uint8)
 
@@ -88,6 +91,8 @@ class HostCopies:
         if end and any(local.is_cuda for local in own.values()):
             code = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), end, 1)
             self._pinned = int(code) == 0  # else copied more slowly, that is all
+            if not self._pinned:
+                _forget_error()
         whole = self._memory.numpy()
         for name, local in own.items():
             # By way of numpy every copy has a storage of its own; torch's writer would clone a part of one.
@@ -95,12 +100,23 @@ class HostCopies:
             self._copies[name] = part.view(local.dtype).view(local.shape)
 
 
+def _forget_error() -> None:
+    """Clear the error that a failed call of the CUDA runtime left behind for this thread.
+
+    The runtime keeps its code until it is asked for, and torch asks after every kernel that it launches:
+    the next one of training would raise what is no fault of its own. torch has no call for that question
+    alone, so a kernel launched for nothing asks it; an error that lasts is raised again by the next kernel.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.empty(1, device="cuda").fill_(1.0)
+
+
 def no_room(mesh: Mesh, size: int) -> str | None:
     """Why the hosts have no room for copies of ``size`` bytes on this rank, or None; collective.
 
     The ranks of a host share its memory: their copies must fit together, beside what writing takes.
     """
-    everyone = gather_objects(mesh, (socket.gethostname(), size + _WRITING, _available()))
+    everyone = gather_objects(mesh, (socket.gethostname(), size + _WRITING, available_memory()))
     for host in dict.fromkeys(name for name, _, _ in everyone):
         needed = sum(need for name, need, _ in everyone if name == host)
         free = [available for name, _, available in everyone if name == host]
@@ -112,14 +128,6 @@ def no_room(mesh: Mesh, size: int) -> str | None:
                 f" {human_bytes(min(free))} are available"
             )
     return None
-
-
-def _available() -> int | None:
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return int(psutil.virtual_memory().available)
 
 
 class Saver:

@@ -155,9 +155,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(f"{MANIFEST}: checksum differs")
     try:
         files = {name: (f["bytes"], f["sha256"]) for name, f in document["files"].items()}
+        for name in files:
+            if not _is_file_name(name):
+                raise DamagedError(f"{MANIFEST}: {name!r} is no name of a file beside it")
         return Manifest(int(document["step"]), int(document["serial"]), files)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise DamagedError(f"{MANIFEST}: not of this format") from None
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether ``name`` stays in its folder and can be a name at all (no zero byte, no lone surrogate)."""
+    return name not in ("", "..") and Path(name).name == name and name.isprintable()
 
 
 def file_problem(folder: Path, name: str, expected: tuple[int, str]) -> str | None:

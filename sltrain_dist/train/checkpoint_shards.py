@@ -69,7 +69,9 @@ class Stored:
 
 
 def coverage_problem(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
-    """Why ``boxes`` are no partition of a tensor of ``shape`` ("missing", "there twice"), or None."""
+    """Why ``boxes`` are no partition of a tensor of ``shape`` ("missing", "there twice", "out of bounds"), or None."""
+    if not all(_inside(shape, *box) for box in boxes):
+        return "out of bounds"
     filled = [box for box in boxes if math.prod(box[1])]
     count = sum(math.prod(sizes) for _, sizes in filled)
     if count < math.prod(shape):
@@ -77,12 +79,23 @@ def coverage_problem(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None
     if len(filled) > 1:
         low = torch.tensor([offsets for offsets, _ in filled])
         high = low + torch.tensor([sizes for _, sizes in filled])
-        if bool((high > torch.tensor(shape)).any()):
-            return "out of bounds"
         apart = (low[:, None] >= high) | (high[:, None] <= low)
         if int(apart.any(dim=2).sum()) != len(filled) * (len(filled) - 1):
             return "there twice"
     return "there twice" if count > math.prod(shape) else None
+
+
+def _inside(shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
+    return len(offsets) == len(sizes) == len(shape) and all(
+        0 <= low <= low + size <= end for low, size, end in zip(offsets, sizes, shape, strict=True)
+    )
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    """A list of a header whose numbers are sizes or positions; ValueError where they cannot be."""
+    if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):
+        raise ValueError(f"{values!r} are no sizes or positions")
+    return tuple(values)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
@@ -106,16 +119,18 @@ def _chunks(path: Path) -> Iterable[tuple[str, torch.dtype, Chunk]]:
     try:
         sharding = json.loads(header.pop("__metadata__", {}).get(CUSTOM_METADATA_KEY, "{}"))
         for name, entry in header.items():
-            sizes = tuple(int(size) for size in entry["shape"])
-            offsets = tuple(sharding[name][SAVED_OFFSETS_KEY]) if sharding else (0,) * len(sizes)
-            first, last = entry["data_offsets"]
+            sizes = _counts(entry["shape"])
+            offsets = (0,) * len(sizes)
+            if sharding:
+                offsets = _counts(sharding[name][SAVED_OFFSETS_KEY])
+            first, last = _counts(entry["data_offsets"])
             dtype = DTYPE_MAP[entry["dtype"]]
             if last - first != math.prod(sizes) * dtype.itemsize or len(offsets) != len(sizes):
                 raise FileError(f"{path.name}: the header's entry of {name} contradicts itself")
             if begin + last > path.stat().st_size:
                 raise FileError(f"{path.name}: the data of {name} end behind the file")
             yield name, dtype, Chunk(path, begin + first, offsets, sizes)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FileError(f"{path.name}: not of this format ({type(error).__name__})") from None
 
 

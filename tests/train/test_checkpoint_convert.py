@@ -139,6 +139,40 @@ def cut_header(folder: Path) -> None:
     shard(folder).write_bytes(struct.pack("<Q", len(data)) + data[8:])
 
 
+def change_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit the first entry of a tensor file's header; its data stay where they were."""
+    data = shard(folder).read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    change(next(entry for name, entry in header.items() if name != "__metadata__"))
+    text = json.dumps(header).encode()
+    shard(folder).write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
+
+
+def before_the_data(entry: dict[str, Any]) -> None:
+    first, last = entry["data_offsets"]
+    entry["data_offsets"] = [-16, last - first - 16]
+
+
+def move_chunk(folder: Path, offset: Any) -> None:
+    """Say of every chunk in a file that it begins at ``offset`` along its first dimension."""
+    data = shard(folder).read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    sharding = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
+    for entry in sharding.values():
+        entry["saved_offsets"][0] = offset
+    header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(sharding)
+    text = json.dumps(header).encode()
+    shard(folder).write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
+
+
+def nothing_more(folder: Path) -> None:
+    """A tensor without elements, of which state.json knows nothing."""
+    values = torch.empty(0, 3)
+    write_file(folder / "shard-00009.safetensors", [Piece("model.nothing", values.dtype, (0, 0), (0, 3), lambda: values)])  # fmt: skip
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (flip, r"shard-00001-model-00001-of-00001.safetensors: checksum differs"),
     "missing": (lambda f: shard(f).unlink(), "shard-00001-model-00001-of-00001.safetensors: missing"),
@@ -149,6 +183,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard never listed": (lambda f: reseal(f, lambda g: shard(g).unlink()), r"elements are missing \(files shard-00002"),
     "twice": (lambda f: reseal(f, double), "elements are there twice"),
     "a header": (lambda f: reseal(f, cut_header), "not a whole safetensors file"),
+    "data before the file": (lambda f: reseal(f, lambda g: change_header(g, before_the_data)), r"shard-00001.*: not of this format \(ValueError\)"),
+    "a size that is text": (lambda f: reseal(f, lambda g: change_header(g, lambda e: e.update(shape=[str(s) for s in e["shape"]]))), r"not of this format \(ValueError\)"),
+    "a negative place": (lambda f: reseal(f, lambda g: move_chunk(g, -1)), r"shard-00001.*: not of this format \(ValueError\)"),
+    "half a place": (lambda f: reseal(f, lambda g: move_chunk(g, 0.5)), r"shard-00001.*: not of this format \(ValueError\)"),
+    "another place": (lambda f: reseal(f, lambda g: move_chunk(g, 10**6)), "elements are out of bounds"),
+    "nothing more": (lambda f: reseal(f, nothing_more), "shard-00009.safetensors: model.nothing is not in state.json"),
     "support": (lambda f: reseal(f, lambda g: edit(g, lambda d: d["method"].update(seed=4))), "support hash .* made again from seed 4"),
     "another model": (lambda f: reseal(f, lambda g: edit(g, lambda d: d["model"].update(num_hidden_layers=2))), "None in state.json, .* in the model it describes"),
     "another shape": (lambda f: reseal(f, lambda g: edit(g, lambda d: d["model"].update(vocab_size=10))), r"\[256, 64\] in state.json, \[128, 64\] in the model"),

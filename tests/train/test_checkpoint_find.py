@@ -12,6 +12,7 @@ import pytest
 
 from sltrain_dist.parallel.mesh import Mesh, close, initialise
 from sltrain_dist.train.checkpoint import find, verify
+from sltrain_dist.train.checkpoint_folder import Manifest, write_manifest
 from sltrain_dist.utils.errors import UserError
 from tests.train.fake_engine import SHARD, holds, names, write
 
@@ -69,6 +70,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "manifest.json: checksum differs",
     ),
     "flipped manifest": (flip_manifest, "manifest.json: "),
+    "manifest of a path": (
+        lambda f: write_manifest(f, Manifest(10, 2, {"../step_9/state.json": (1, "")})),
+        "manifest.json: '../step_9/state.json' is no name of a file",
+    ),
+    "manifest of a folder": (
+        lambda f: write_manifest(f, Manifest(10, 2, {"..": (1, "")})),
+        "manifest.json: '..' is no name of a file",
+    ),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json: missing"),
     "stranger": (
         lambda f: shutil.copy(f / SHARD, f / "extra.safetensors"),

@@ -1,8 +1,11 @@
 """Checkpoints of another model, method, support, optimizer or layout: refused by name, or said."""
 
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +162,30 @@ def test_other_engine_is_not_exact(mesh: Mesh, tmp_path: Path) -> None:
     assert not resumed.exact
     assert "1 ranks of engine fsdp, resumed by 1 of zero" in resumed.messages[0]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("replicate", 2, r"fsdp \(replicate 1\), resumed by 1 of fsdp \(replicate 2\): "),
+        ("sequence_parallel", True, r"\(sequence parallel off\), .* \(sequence parallel on\): "),
+    ],
+)
+def test_another_order_of_sums_is_not_exact(
+    mesh: Mesh, tmp_path: Path, field: str, value: Any, said: str
+) -> None:
+    """Also from a checkpoint that was written before there was the choice."""
+    write(mesh, tmp_path, 1)
+    path = tmp_path / "step_1" / "state.json"
+    document = json.loads(path.read_text())
+    del document["config"]["engine"][field]
+    path.write_text(json.dumps(document))
+    config = make_config(str(tmp_path))
+    assert load(tmp_path / "step_1", FakeEngine(mesh, 0), config).exact
+    other = replace(config, engine=replace(config.engine, **{field: value}))
+    resumed = load(tmp_path / "step_1", FakeEngine(mesh, 0), other)
+    assert not resumed.exact
+    assert re.search(said, resumed.messages[0])
 
 
 def test_other_format(mesh: Mesh, tmp_path: Path) -> None:

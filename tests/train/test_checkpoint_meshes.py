@@ -101,3 +101,17 @@ def test_two_by_two_to_four_by_one_one_by_four_and_one(tmp_path: Path) -> None:
 )
 def test_every_element_once(boxes: list, problem: str | None) -> None:
     assert coverage_problem((2, 3), boxes) == problem
+
+
+@pytest.mark.parametrize(
+    ("shape", "boxes"),
+    [
+        ((10,), [((5,), (10,))]),
+        ((2, 5), [((0, 0), (5, 2))]),
+        ((10,), [((-5,), (5,)), ((0,), (5,))]),
+        ((4,), [((0,), (4,)), ((3,), (-1,))]),
+        ((6,), [((0, 0), (2, 3))]),
+    ],
+)
+def test_as_many_elements_in_another_place(shape: tuple[int, ...], boxes: list) -> None:
+    assert coverage_problem(shape, boxes) == "out of bounds"
