@@ -1,7 +1,7 @@
 """Text from a trained model: prompts in, their continuations out, speed and reasons on the side.
 
 Weights stay factored unless merged is asked for. Factored needs less memory and no time to merge; once
-merged, a token takes two thirds of the time on a CPU, because scattered entries of S cost more than
+merged, a token takes 70% to 77% of the time on a CPU, because scattered entries of S cost more than
 the dense row they stand in. Both give the same text, up to rounding.
 """
 

@@ -4,6 +4,7 @@ One shard is in memory at a time, so ``max_shard_size`` bounds the memory of a c
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from sltrain_dist.data.storage import write_synced
 from sltrain_dist.train.checkpoint_folder import sync
 from sltrain_dist.utils.errors import UserError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only writing fails like this
+
 
 @dataclass(frozen=True)
 class Written:
@@ -34,11 +37,13 @@ def new_folder(output: Path, flag: str = "--output") -> Iterator[Path]:
     """A temporary folder beside ``output`` that takes its name when the block ends, and goes when it fails.
 
     Raises:
-        UserError: ``output`` exists and is not an empty folder; it cannot be written; the disk is full.
+        UserError: ``output`` exists and is not an empty folder; it cannot be written; the disk is full; a
+            file that the block reads cannot be read, which the line names instead.
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"{flag} {output}: exists and is no folder; give a new one")
     temporary: Path | None = None
+    reading = False  # whether the block runs, which may also read
     try:
         if output.is_dir() and any(output.iterdir()):
             raise UserError(f"{flag} {output}: exists and is not empty; give a new folder")
@@ -46,7 +51,9 @@ def new_folder(output: Path, flag: str = "--output") -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
         temporary.chmod(0o755)  # mkdtemp's is 0700
+        reading = True
         yield temporary
+        reading = False
         for path in temporary.iterdir():
             path.chmod(0o644)  # safetensors leaves 0600, which would shut out others
             sync(path)
@@ -54,12 +61,26 @@ def new_folder(output: Path, flag: str = "--output") -> Iterator[Path]:
         os.rename(temporary, target)
         sync(target.parent)
     except OSError as error:
-        raise UserError(
-            f"{flag} {output}: cannot be written ({error.strerror or error}); nothing was left there"
-        ) from None
+        raise UserError(_blame(error, flag, output, temporary if reading else None)) from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _blame(error: OSError, flag: str, output: Path, temporary: Path | None) -> str:
+    """The line for people: whether writing failed or reading a source. temporary: None where nothing was read."""
+    reason, target = error.strerror or error, f"{flag} {output}"
+    written = f"{target}: cannot be written ({reason}); nothing was left there"
+    if temporary is None or error.errno in _FULL:
+        return written
+    if error.filename is None and error.errno is None:  # of our own readers, which name the file
+        return f"{target}: not written, its source cannot be read ({reason})"
+    if error.filename is None or error.filename2 is not None:
+        return f"{target}: cannot be written, or its source not read ({reason}); nothing was left there"
+    path = Path(os.fsdecode(error.filename)).absolute()
+    if path == temporary or temporary in path.parents or path in temporary.parents:
+        return written
+    return f"{target}: not written, {path} cannot be read ({reason})"
 
 
 def write_tensors(
@@ -95,7 +116,8 @@ def write_tensors(
         try:
             save_file(shard, folder / name, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(" ".join(str(error).split())) from None
+            text = " ".join(str(error).split())
+            raise OSError(errno.EIO, text, str(folder / name)) from None
     if len(files) > 1:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

@@ -105,11 +105,14 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     _check_kernels(mesh)
     paths = on_first(mesh, lambda: decide(config, blank, mesh.device, found.folder), patient=True)
     factory: ModelFactory = partial(make_model, config, attention, norm, paths, tp)
+    start = None
     if config.init_from and found.folder is None:
-        factory = start_from(factory, config, mesh, data.tokenizer)
+        factory = start = start_from(factory, config, mesh, data.tokenizer)
     _seed(config.engine.seed, mesh.dp_rank)
     optimizer = OptimizerFactory(config.optimizer)
     engine = build_engine(factory, mesh, config.engine, optimizer, config.method.seed)
+    if start is not None:
+        start.close()
     assert_live(engine.optimizer, config.optimizer)
     records = Records(folder, mesh.is_first)
     tracker = open_tracker(config, folder) if mesh.is_first else NoTracker()

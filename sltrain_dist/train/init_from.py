@@ -42,7 +42,7 @@ _FLAGS = {
 
 
 class _Stored:
-    """First values of all parameters, from open weights; keeps the tensor that was asked for last."""
+    """First values of all parameters, from open weights; keeps the tensor that was asked for last until forget()."""
 
     def __init__(self, source: Pretrained) -> None:
         self._source = source
@@ -54,6 +54,10 @@ class _Stored:
             self._latest = name, self._source.tensor(name).flatten()
         return self._latest[1]
 
+    def forget(self) -> None:
+        """Give its memory back; a later question reads the tensor again."""
+        self._latest = None
+
     def flat(
         self, seed: int, name: str, start: int, stop: int, device: torch.device | str = "cpu"
     ) -> Tensor:
@@ -63,9 +67,29 @@ class _Stored:
         return self._whole(name)[index.cpu()].to(index.device, torch.float32)
 
 
+class Start:
+    """A ModelFactory whose models start from stored weights; ``close`` once the engine is built."""
+
+    def __init__(self, factory: ModelFactory, source: Pretrained) -> None:
+        self._factory, self._stored = factory, _Stored(source)
+
+    def __call__(self, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        model = self._factory(device=device, dtype=dtype)
+        for module in model.modules():
+            specs: dict[str, ParameterSpec] = getattr(module, "specs", {})
+            for name, spec in specs.items():
+                if spec.kind != "indices":  # which are our generator's: the seeds are the same
+                    specs[name] = dataclasses.replace(spec, initial=self._stored)
+        return model
+
+    def close(self) -> None:
+        """Let go of the tensor that was read last: the engine keeps the specs, and they this, to the end."""
+        self._stored.forget()
+
+
 def start_from(
     factory: ModelFactory, config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer
-) -> ModelFactory:
+) -> Start:
     """``factory``, whose models start from the weights of ``config.init_from``; collective.
 
     Checksums are compared on the first rank alone.
@@ -93,18 +117,7 @@ def start_from(
             f"warning: {_FLAG} {source.path}: trained with another tokenizer than this run's; "
             f"--tokenizer {folder} is its own",
         )
-    stored = _Stored(source)
-
-    def make(*, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-        model = factory(device=device, dtype=dtype)
-        for module in model.modules():
-            specs: dict[str, ParameterSpec] = getattr(module, "specs", {})
-            for name, spec in specs.items():
-                if spec.kind != "indices":  # which are our generator's: the seeds are the same
-                    specs[name] = dataclasses.replace(spec, initial=stored)
-        return model
-
-    return make
+    return Start(factory, source)
 
 
 def check_start(source: Pretrained, config: TrainConfig) -> None:

@@ -3,6 +3,8 @@
 Names are those of `Llama.named_parameters`; shapes are global, physical unless said otherwise.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,13 @@ def whole_offsets(spec: ParameterSpec, seed: int, name: str) -> Tensor:
 
 def generated_hash(specs: dict[str, ParameterSpec], seed: int) -> int:
     """The hash of a model's generated support, one layer in memory at a time."""
+    return stored_hash(specs, seed, lambda name: whole_offsets(specs[name], seed, name))
+
+
+def stored_hash(specs: dict[str, ParameterSpec], seed: int, read: Callable[[str], Tensor]) -> int:
+    """The hash of the support whose offsets ``read`` gives by name, one layer in memory at a time."""
     return sum(
-        partial_hash(seed, name, 0, whole_offsets(spec, seed, name))
+        partial_hash(seed, name, 0, read(name))
         for name, spec in specs.items()
         if spec.kind == "indices"
     ) % (1 << 64)

@@ -2,7 +2,8 @@
 
     run folder     the step_N that its ``latest`` names
     step_N         verified byte by byte; offsets are made again and their hash compared
-    factored       launcher/export.py --to factored, launcher/import_weights.py: verified byte by byte
+    factored       launcher/export.py --to factored, launcher/import_weights.py: verified byte by byte, and
+                   its offsets by the hash of the support they were written with
     hf             config.json of a LLaMA beside safetensors or pytorch_model.bin: method "full"
 
 All four answer with the names of `Llama.named_parameters` (offsets included) and whole physical
@@ -43,6 +44,7 @@ from sltrain_dist.train.parameter_names import (
     generated_hash,
     is_ignored,
     logical_shape,
+    stored_hash,
     whole_offsets,
 )
 from sltrain_dist.train.stored_tensors import Safetensors, StoredError, TensorFiles, open_weights
@@ -215,20 +217,65 @@ def _open_factored(folder: Path, config: dict[str, Any], flag: str, verify: bool
         generated, support_hash = bool(config["generated"]), int(config["support_hash"], 16)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise StoredError(f"{CONFIG}: of another version of this format") from None
+    _check_listed(folder, records)
     for name, record in records.items() if verify else ():
         if problem := file_problem(folder, name, record):
             raise StoredError(f"damaged ({problem})")
     specs = blank_specs(model, method)
     files = open_weights(folder)
     wanted = {name: spec.shape for name, spec in specs.items()}
-    if not generated:  # the support's size is the file's: another rounding of density * out * in
-        for name in [name for name in wanted if name.endswith((".values", ".offsets"))]:
-            wanted[name] = files.shapes.get(name, wanted[name])
+    if not generated and method.support == "uniform":  # another rounding of density * out * in
+        for name in [name for name in wanted if name.endswith(".offsets")]:
+            size = files.shapes.get(name, wanted[name])[:1]
+            wanted[name] = wanted[name.removesuffix("offsets") + "values"] = size
     check_names(wanted, files.shapes, CONFIG)
     read = _checked_reader(files, specs)
+    if verify:
+        _check_support(specs, method.seed, read, generated, support_hash)
     return Pretrained(
         "factored", folder, flag, model, method, open_tokenizer(folder), wanted, generated, support_hash, read
     )  # fmt: skip
+
+
+def _check_listed(folder: Path, records: dict[str, Any]) -> None:
+    """Refuse weights that the sealed configuration does not list: they would be read in place of those it does."""
+    for name in records:
+        if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
+            raise StoredError(f"{CONFIG} lists {name!r}, which is no file of this folder")
+    for pattern in ("*.safetensors", "*.bin", "*.index.json"):
+        for path in sorted(folder.glob(pattern)):
+            if path.name not in records:
+                raise StoredError(f"{path.name}: not listed in {CONFIG}; take it away")
+
+
+def _check_support(
+    specs: dict[str, ParameterSpec],
+    seed: int,
+    read: Callable[[str], Tensor],
+    generated: bool,
+    support_hash: int,
+) -> None:
+    """Compare the offsets of a factored folder with the hash it was written with; one layer in memory at a time.
+
+    Raises:
+        StoredError: they, or those that our generator makes for ``seed``, are of another support; offsets
+            outside their tiles, or twice in one (those of a generated support are its generator's).
+    """
+
+    def distinct(name: str) -> Tensor:
+        offsets = read(name)
+        ordered = offsets.sort(dim=-1).values
+        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+            raise StoredError(f"tensor {name} holds an offset twice")
+        return offsets
+
+    found = stored_hash(specs, seed, read if generated else distinct)
+    if found != support_hash:
+        raise StoredError(
+            f"of another support: hash {support_hash:016x}, of the offsets in the files {found:016x}"
+        )
+    if generated and support_hash != (again := generated_hash(specs, seed)):
+        raise StoredError(f"of another support: hash {support_hash:016x}, made again {again:016x}")
 
 
 def seal(config: dict[str, Any]) -> str:

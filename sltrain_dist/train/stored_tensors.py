@@ -1,21 +1,23 @@
 """Named tensors in files, read one at a time: safetensors, whole or cut into shards, and pytorch_model.bin.
 
-Only headers are read when files are opened; ``read`` then fills one new tensor, so that the memory of a
-conversion is that of its largest tensor. A checkpoint's shards carry their place in the whole tensor in
-the header (train.checkpoint_tensors). Nothing is unpickled: a .bin with anything but tensors is refused.
+Only headers are read when files are opened, each once; ``read`` then fills one new tensor, so that the
+memory of a conversion is that of its largest tensor. A checkpoint's shards carry their place in the whole
+tensor in the header (train.checkpoint_tensors); shards that leave elements out, hold them twice or
+contradict each other are refused. Nothing is unpickled: a .bin with anything but tensors is refused.
 """
 
 import json
-import math
 import pickle
+import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from sltrain_dist.train.checkpoint_shards import Chunk, Stored, coverage_problem, read_rows
 
 _PLACES = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint says which part a shard is
 _DTYPES = {
@@ -40,56 +42,40 @@ class TensorFiles(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A stored tensor that is part of a whole one: where it stands on disk, and where it belongs."""
-
-    path: Path
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
 class Safetensors:
-    """TensorFiles over safetensors files whose tensors may be parts of larger ones."""
+    """TensorFiles over safetensors files whose tensors may be parts of larger ones.
+
+    Raises:
+        StoredError: a file that cannot be read, parts of a tensor that are no partition of it or that
+            differ in dtype or rank.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._pieces: dict[str, list[_Piece]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
+        parts: dict[str, list[tuple[torch.dtype, Chunk]]] = {}
         for path in paths:
             try:
-                self._survey(path)
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                _survey(path, parts)
+            except (
+                OSError,
+                SafetensorError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as error:
                 raise StoredError(f"{path.name}: not readable ({_line(error)})") from None
-        self.shapes = {name: _whole_shape(pieces) for name, pieces in self._pieces.items()}
-
-    def _survey(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            places = json.loads((file.metadata() or {}).get(_PLACES, "{}"))
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                part: Any = file.get_slice(name)
-                shape = tuple(part.get_shape())
-                start = (
-                    tuple(places[name]["saved_offsets"]) if name in places else (0,) * len(shape)
-                )
-                self._pieces.setdefault(name, []).append(_Piece(path, start, shape))
-                self.dtypes[name] = _DTYPES[part.get_dtype()]
+        self._stored = {name: _joined(name, found) for name, found in parts.items()}
+        self.shapes = {name: stored.shape for name, stored in self._stored.items()}
+        self.dtypes = {name: stored.dtype for name, stored in self._stored.items()}
 
     def read(self, name: str) -> Tensor:
-        pieces, shape = self._pieces[name], self.shapes[name]
-        if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
-            raise StoredError(f"{pieces[0].path.parent.name}: elements of {name} are missing")
-        whole = torch.empty(shape, dtype=self.dtypes[name])
-        for piece in pieces:
-            place = tuple(
-                slice(start, start + size)
-                for start, size in zip(piece.start, piece.shape, strict=True)
-            )
-            try:
-                with safe_open(piece.path, framework="pt") as file:
-                    whole[place] = file.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise StoredError(f"{piece.path.name}: not readable ({_line(error)})") from None
-        return whole
+        stored = self._stored[name]
+        try:
+            return read_rows(stored)
+        except OSError as error:
+            files = ", ".join(sorted({chunk.file.name for chunk in stored.chunks}))
+            raise StoredError(f"{files}: not readable ({_line(error)})") from None
 
 
 class Pickled:
@@ -164,12 +150,37 @@ def _load(path: Path) -> Any:
         raise StoredError(f"{path.name}: not readable ({_line(error)})") from None
 
 
-def _whole_shape(pieces: list[_Piece]) -> tuple[int, ...]:
-    ends = [
-        [start + size for start, size in zip(piece.start, piece.shape, strict=True)]
-        for piece in pieces
-    ]
-    return tuple(max(along) for along in zip(*ends, strict=True))
+def _survey(path: Path, parts: dict[str, list[tuple[torch.dtype, Chunk]]]) -> None:
+    """Add what a file holds to ``parts``; safe_open has compared the header with the file before we read it."""
+    with safe_open(path, framework="pt"):
+        pass
+    with path.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        header = json.loads(stream.read(length))
+    places = json.loads((header.pop("__metadata__", None) or {}).get(_PLACES, "{}"))
+    for name, entry in header.items():
+        shape = tuple(entry["shape"])
+        start = tuple(places[name]["saved_offsets"]) if name in places else (0,) * len(shape)
+        if len(start) != len(shape) or any(type(at) is not int or at < 0 for at in start):
+            raise ValueError(f"{name} says that it begins at {list(start)}")
+        chunk = Chunk(path, 8 + length + entry["data_offsets"][0], start, shape)
+        parts.setdefault(name, []).append((_DTYPES[entry["dtype"]], chunk))
+
+
+def _joined(name: str, parts: list[tuple[torch.dtype, Chunk]]) -> Stored:
+    """The whole tensor of which these are the parts; raises StoredError where they are not."""
+    dtype, first = parts[0]
+    for other, chunk in parts:
+        if other != dtype or len(chunk.sizes) != len(first.sizes):
+            raise StoredError(
+                f"{chunk.file.name}: {name} is of another dtype or rank than in {first.file.name}"
+            )
+    chunks = tuple(chunk for _, chunk in parts)
+    ends = [[at + n for at, n in zip(c.offsets, c.sizes, strict=True)] for c in chunks]
+    shape = tuple(max(along) for along in zip(*ends, strict=True))
+    if problem := coverage_problem(shape, [(c.offsets, c.sizes) for c in chunks]):
+        raise StoredError(f"{first.file.name}: elements of {name} are {problem}")
+    return Stored(name, dtype, shape, chunks)
 
 
 def _line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sltrain_dist.data.tokenizer import train_tokenizer
 from sltrain_dist.parallel.mesh import Mesh, close, initialise
@@ -43,6 +44,9 @@ def flip(path: Path, place: int = -5) -> None:
     path.write_bytes(content)
 
 
+OFFSETS = "model.layers.0.mlp.down_proj.offsets"
+
+
 def shard(folder: Path) -> Path:
     return next(folder.glob("*.safetensors"))
 
@@ -58,9 +62,34 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def far_offset(folder: Path) -> None:
     tensors = load_file(shard(folder))
-    tensors["model.layers.0.mlp.down_proj.offsets"][-1] = 64 * 192
+    tensors[OFFSETS][-1] = 64 * 192
     save_file(tensors, shard(folder))
     rewrite(folder, lambda document: None)
+
+
+def own_support(folder: Path, leaf: str, change: Callable[[Tensor], Tensor]) -> None:
+    """A folder that says its support is none of our generator's, and changed in one tensor."""
+    tensors = load_file(shard(folder))
+    name = OFFSETS.replace("offsets", leaf)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, shard(folder))
+    rewrite(folder, lambda document: document.update(generated=False))
+
+
+def other_offset(folder: Path) -> None:
+    tensors = load_file(shard(folder))
+    offsets = tensors[OFFSETS]
+    taken = set(offsets.tolist())
+    offsets[0] = next(place for place in range(64 * 192) if place not in taken)
+    save_file(tensors, shard(folder))
+    rewrite(folder, lambda document: None)
+
+
+def listed_elsewhere(folder: Path) -> None:
+    path = folder / "config.json"
+    document = json.loads(path.read_text())
+    document["files"]["../run/model.safetensors"] = {"bytes": 1, "sha256": ""}
+    path.write_text(json.dumps({**document, "seal": seal(document)}))
 
 
 CASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
@@ -94,6 +123,22 @@ CASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "factored_format": (
         "factored", lambda f: rewrite(f, lambda d: d.update(format="sltrain_dist factored 9")), "format 'sltrain_dist factored 9', this",
     ),
+    "factored_support": (
+        "factored", lambda f: rewrite(f, lambda d: d.update(support_hash="1")), "of another support: hash 0000000000000001",
+    ),
+    "factored_seed": ("factored", lambda f: rewrite(f, lambda d: d["method"].update(seed=9)), "of another support: hash"),
+    "factored_offset": ("factored", other_offset, "of another support: hash"),
+    "factored_far_offset": ("factored", far_offset, "down_proj.offsets holds offsets outside its tiles"),
+    "factored_own_twice": (
+        "factored", lambda f: own_support(f, "offsets", lambda o: torch.cat((o[:1], o[:-1]))), "holds an offset twice",
+    ),
+    "factored_own_values": (
+        "factored", lambda f: own_support(f, "values", lambda v: v[:-1].clone()), "down_proj.values is [",
+    ),
+    "factored_unlisted": (
+        "factored", lambda f: shutil.copy(shard(f), f / "pytorch_model.bin"), "pytorch_model.bin: not listed in config.json",
+    ),
+    "factored_elsewhere": ("factored", listed_elsewhere, "'../run/model.safetensors', which is no file of this folder"),
     "hf_cut_off": ("hf", lambda f: shard(f).write_bytes(shard(f).read_bytes()[:1000]), "model.safetensors: not readable"),
     "hf_config": ("hf", lambda f: (f / "config.json").write_text("{"), "config.json is not readable"),
     "empty": ("hf", lambda f: [path.unlink() for path in f.iterdir()], "holds no config.json and no step_N"),
@@ -118,7 +163,7 @@ def test_refused(case: str, folders: Path, tmp_path: Path) -> None:
 def test_offsets_outside_their_matrix_never_reach_a_kernel(folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "factored", tmp_path / "factored")
     far_offset(tmp_path / "factored")
-    pretrained = open_pretrained(tmp_path / "factored", "--model")
+    pretrained = open_pretrained(tmp_path / "factored", "--model", verify=False)
     with pytest.raises(UserError, match=r"down_proj\.offsets holds offsets outside its tiles"):
         load_model(pretrained)
 

@@ -64,6 +64,7 @@ def start(mesh: Mesh, folder: Path, kind: str, **changes: Any) -> dict[str, Any]
 
     factory = start_from(whole_or_cut, run_config(folder), mesh, tokenizer)
     engine = build_engine(factory, mesh, config, OptimizerFactory(tiny.OPTIMIZER), method.seed)
+    factory.close()
     layout = f"{mesh.tp_size}-{mesh.replicate_size}-{changes.get('dtype', 'float32')}"
     saved_as = folder.parent / f"{kind}-{layout}"
     saved = save(engine, Progress(1, 0), run_config(folder, save_dir=str(saved_as)))
