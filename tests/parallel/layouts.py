@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sltrain_dist.parallel.mesh import Mesh, initialise
+from sltrain_dist.parallel.mesh import Mesh
 from tests.parallel import tiny
 from tests.ranks import run_ranks
 
@@ -85,7 +85,7 @@ def cover(layouts: Sequence[Layout]) -> list[Layout]:
 def curve(layout: Layout, updates: int = UPDATES) -> tuple[Curve, int]:
     """Losses and norms of a training in this layout, and its support's hash; collective over its ranks."""
     tensor, _ = SHAPES[layout.shape]
-    mesh = initialise(device="cpu", tensor_parallel=tensor, replicate=2 if layout.hybrid else 1)
+    mesh = tiny.arranged(tensor, 2 if layout.hybrid else 1)
     engine = tiny.build(
         mesh,
         layout.engine,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sltrain_dist.parallel.mesh import Mesh, initialise
+from sltrain_dist.parallel.mesh import Mesh
 from tests.parallel import tiny
 from tests.ranks import run_ranks
 
@@ -37,7 +37,7 @@ def size(tensor: torch.Tensor) -> int:
 def _held(_: Mesh, method: str) -> dict[str, Bytes]:
     found = {}
     for name, (kind, tensor, replicate, _) in CASES.items():
-        mesh = initialise(device="cpu", tensor_parallel=tensor, replicate=replicate)
+        mesh = tiny.arranged(tensor, replicate)
         changes = {"ds_config": ZERO3} if kind == "zero3" else {}
         engine = tiny.build(mesh, kind, method=tiny.SHARED_METHODS[method], model=MODEL, **changes)
         tiny.update(engine, 0, 1e-3)

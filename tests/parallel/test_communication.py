@@ -18,7 +18,7 @@ from sltrain_dist.model.communication import (
     layer_bytes,
     sharding_bytes,
 )
-from sltrain_dist.parallel.mesh import Mesh, initialise
+from sltrain_dist.parallel.mesh import Mesh
 from tests.parallel import tiny
 from tests.ranks import run_ranks
 
@@ -59,7 +59,7 @@ def _counted(
     _: Mesh, method: MethodConfig, tensor: int, sequence: bool, layers: int, kind: str = "fsdp"
 ) -> float:
     """Bytes this rank sends in the forward and backward of one micro-batch, between 2 or 4 ranks."""
-    mesh = initialise(device="cpu", tensor_parallel=tensor)
+    mesh = tiny.arranged(tensor)
     model = replace(tiny.SHARED, num_hidden_layers=layers)
     engine = tiny.build(mesh, kind, method=method, model=model, sequence_parallel=sequence)
     (tokens, labels), *_ = tiny.micro_batches(mesh, 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sltrain_dist.model.hf import HFLlama
 from sltrain_dist.parallel import linear as parallel_linear
 from sltrain_dist.parallel import tensor as parallel_tensor
-from sltrain_dist.parallel.mesh import Mesh, initialise
+from sltrain_dist.parallel.mesh import Mesh
 from tests.parallel import layouts, tiny
 from tests.parallel.layouts import Curve, Layout
 from tests.parallel.test_same_curve import assert_same_curve
@@ -126,7 +126,7 @@ def _variant(mesh: Mesh, name: str, sequence: bool) -> Curve:
 
 
 def _variants(mesh: Mesh) -> dict[tuple[str, bool], Curve]:
-    cut = initialise(device="cpu", tensor_parallel=mesh.world_size)
+    cut = tiny.arranged(mesh.world_size)
     return {
         (name, sequence): _variant(cut, name, sequence)
         for name, variant in VARIANTS.items()
@@ -172,7 +172,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], bool]] = {
 
 
 def _faulty(_: Mesh) -> dict[str, Curve]:
-    mesh = initialise(device="cpu", tensor_parallel=2)
+    mesh = tiny.arranged(2)
     found = {}
     for name, (owner, attribute, fault, sequence) in FAULTS.items():
         right = getattr(owner, attribute)
@@ -194,7 +194,7 @@ def _dropout(_: Mesh) -> tuple[list[float], list[float], bool, bool]:
     """Losses of a training with dropout, with recomputed blocks too; whether masks agree and differ where they must."""
     import dataclasses
 
-    mesh = initialise(device="cpu", tensor_parallel=2)
+    mesh = tiny.arranged(2)
     method = dataclasses.replace(tiny.SHARED_METHODS["fan_in"], dropout=0.25)
     curves = []
     for checkpointing in ("block", "none"):

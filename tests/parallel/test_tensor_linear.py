@@ -15,12 +15,13 @@ from sltrain_dist.config import MethodConfig
 from sltrain_dist.ops.cross_entropy import linear_cross_entropy
 from sltrain_dist.parallel.engine import as_dtensor
 from sltrain_dist.parallel.linear import Region, parallelize_linear
-from sltrain_dist.parallel.mesh import Mesh, initialise
+from sltrain_dist.parallel.mesh import Mesh
 from sltrain_dist.parallel.tensor import SEQUENCE, TensorParallel
 from sltrain_dist.parallel.vocabulary import ParallelVocabulary
 from sltrain_dist.params import ParameterizedLinear, make_linear
 from sltrain_dist.params.initial import Random
 from sltrain_dist.params.linears import SLTrain
+from tests.parallel import tiny
 from tests.ranks import run_ranks
 
 SEED, BATCH, POSITIONS, WIDTH = 5, 3, 8, 64
@@ -112,7 +113,7 @@ def compare(mesh: Mesh, method: MethodConfig, row: bool, path: str, sequence: bo
 
 
 def _linears(_: Mesh, tensor_parallel: int) -> int:
-    mesh = initialise(device="cpu", tensor_parallel=tensor_parallel)
+    mesh = tiny.arranged(tensor_parallel)
     done = 0
     for method, row, sequence in itertools.product(METHODS.values(), (False, True), (False, True)):
         for path in ("composed", "factorized") if method.method == "sltrain" else ("composed",):
@@ -131,7 +132,7 @@ def test_a_cut_linear_equals_the_whole_one_on_four_ranks() -> None:
 
 def _kept(_: Mesh) -> list[tuple[int, ...]]:
     """Shapes of all that a column and a row linear of rank 16 keep for backward."""
-    mesh = initialise(device="cpu", tensor_parallel=2)
+    mesh = tiny.arranged(2)
     tp = TensorParallel(mesh.tp_group, mesh.tp_rank, mesh.tp_size, True, prefetch=True)
     region, method = Region(tp), MethodConfig(rank=16, density=0.125)
     linears = [make(method, row, "composed", torch.float32) for row in (False, True)]
@@ -164,7 +165,7 @@ def test_no_gathered_factor_and_no_gathered_input_is_kept() -> None:
 
 def _vocabulary(_: Mesh, vocab_size: int, rows: int) -> None:
     """Four ranks, the last of which may hold nothing but padding; sequence parallel and not."""
-    mesh = initialise(device="cpu", tensor_parallel=4)
+    mesh = tiny.arranged(4)
     generator = torch.Generator().manual_seed(vocab_size)
     weight = torch.randn(rows, WIDTH, generator=generator)
     weight[vocab_size:] = 0

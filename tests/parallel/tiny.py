@@ -5,6 +5,7 @@ averages, instead of summing token losses, gives another curve.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from sltrain_dist.model.tensor_parallel import check_tensor_parallel, paralleliz
 from sltrain_dist.ops.linear import Path
 from sltrain_dist.optim import OptimizerFactory
 from sltrain_dist.parallel.engine import Engine, ModelFactory, build_engine
-from sltrain_dist.parallel.mesh import Mesh
+from sltrain_dist.parallel.mesh import Mesh, initialise
 from sltrain_dist.parallel.tensor import TensorParallel, tensor_parallel
 from sltrain_dist.params.linears import SLTrain
 from sltrain_dist.train import loop
@@ -71,6 +72,12 @@ def tiny_factory(
         return made
 
     return make
+
+
+@functools.cache
+def arranged(tensor_parallel: int, replicate: int = 1) -> Mesh:
+    """The ranks of this process group on other axes; made once, for every mesh brings threads of its own."""
+    return initialise(device="cpu", tensor_parallel=tensor_parallel, replicate=replicate)
 
 
 def batch(update: int) -> tuple[Tensor, Tensor]:
