@@ -24,6 +24,7 @@ from sltrain_dist.train.checkpoint_folder import (
     entries,
     file_problem,
     is_checkpoint_name,
+    no_folder,
     read_latest,
     read_manifest,
     strangers,
@@ -53,7 +54,9 @@ def checkpoints(folder: Path, flag: str = "FOLDER") -> list[Path]:
         UserError: no such folder, an unfinished save, or no checkpoint in it.
     """
     if not folder.is_dir():
-        raise UserError(f"{flag} {folder}: no such folder; give a run folder or one of its step_N")
+        raise UserError(
+            f"{flag} {folder}: {no_folder(folder)}; give a run folder or one of its step_N"
+        )
     name = folder.resolve().name
     if name.endswith(TEMPORARY):
         raise UserError(f"{flag} {folder}: a save that never finished; give its parent folder")

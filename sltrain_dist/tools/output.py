@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.data.storage import write_synced
-from sltrain_dist.train.checkpoint_folder import sync
+from sltrain_dist.train.checkpoint_folder import MANIFEST, sync
 from sltrain_dist.utils.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only writing fails like this
@@ -48,6 +48,8 @@ def new_folder(output: Path, flag: str = "--output") -> Iterator[Path]:
         if output.is_dir() and any(output.iterdir()):
             raise UserError(f"{flag} {output}: exists and is not empty; give a new folder")
         target = output.absolute()
+        if any((parent / MANIFEST).is_file() for parent in target.parents):
+            raise UserError(f"{flag} {output}: lies inside a checkpoint; give a folder beside it")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
         temporary.chmod(0o755)  # mkdtemp's is 0700

@@ -21,6 +21,7 @@ from sltrain_dist.train.checkpoint_folder import (
     file_problem,
     is_checkpoint_name,
     is_unreadable,
+    no_folder,
     read_latest,
     read_manifest,
     strangers,
@@ -46,7 +47,7 @@ def _candidates(continue_from: str, save_dir: Path) -> tuple[list[Entry], list[s
     target = Path(continue_from)
     if not target.is_dir():
         raise UserError(
-            f"{_FLAG} {continue_from}: no such folder; give a run folder, one of its"
+            f"{_FLAG} {continue_from}: {no_folder(target)}; give a run folder, one of its"
             f" step_N folders, or {AUTO}"
         )
     name = target.resolve().name

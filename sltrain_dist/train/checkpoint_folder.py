@@ -81,6 +81,11 @@ def is_checkpoint_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def no_folder(path: Path) -> str:
+    """Why a path is not the folder that it should be, for the middle of an error line."""
+    return "is a file" if path.exists() else "no such folder"
+
+
 def sync(path: Path) -> None:
     """Force a file's bytes, or a directory's names, to the disk.
 

@@ -34,6 +34,7 @@ from sltrain_dist.train.checkpoint_folder import (
     entries,
     file_problem,
     is_checkpoint_name,
+    no_folder,
     read_latest,
     read_manifest,
     strangers,
@@ -107,7 +108,7 @@ def open_pretrained(path: str | Path, flag: str, *, verify: bool = True) -> Pret
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
-            f"{flag} {path}: no such folder; give a run, one of its step_N, an export or an HF LLaMA folder"
+            f"{flag} {path}: {no_folder(folder)}; give a run, one of its step_N, an export or an HF LLaMA folder"
         )
     try:
         if folder.resolve().name.endswith(TEMPORARY):

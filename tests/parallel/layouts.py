@@ -131,30 +131,41 @@ def difference(one: Curve, other: Curve) -> tuple[float, float]:
 
 
 def main(arguments: list[str], write: Callable[[str], Any] = print) -> None:
+    """Run the whole matrix; the file is written anew after every engine, so that a run cut short leaves what it had."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", required=True)
     output = parser.parse_args(arguments).output
     began = time.perf_counter()
-    found = run([*matrix(), Layout("fan_in", "fsdp", "1x4", False, hybrid=True)], timeout=7200)
+    wanted = [*matrix(), Layout("fan_in", "fsdp", "1x4", False, hybrid=True)]
+    found: dict[Layout, tuple[Curve, int]] = {}
+    for ranks, engine in itertools.product((1, 2, 4), ENGINES):
+        part = [layout for layout in wanted if (layout.ranks, layout.engine) == (ranks, engine)]
+        found |= run(part, timeout=7200)
+        text = table(found, len(wanted), time.perf_counter() - began)
+        with open(output, "w", encoding="utf-8") as file:
+            file.write(text)
+    write(text)
+
+
+def table(found: dict[Layout, tuple[Curve, int]], of: int, seconds: float) -> str:
+    """What was found, a line a layout."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     lines = [
-        f"{UPDATES} updates in float32, against one process: largest difference in loss (nats) and gradient norm.",
-        f"commit {commit}, torch {torch.__version__}, Python {platform.python_version()}, gloo ranks on a CPU, "
-        f"{time.perf_counter() - began:.0f} s",
+        f"{UPDATES} updates in float32, against one process: largest difference in loss (nats) and gradient norm (relative).",
+        f"{len(found)} of {of} layouts. commit {commit}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"gloo ranks on a CPU, {seconds:.0f} s",
         "",
-        "method    engine TPxDP SP   loss     norm     loss from -> to  support hash",
+        "method    engine TPxDP SP        loss     norm     loss from -> to  support hash",
     ]
     for layout, (losses, support) in found.items():
         base, base_support = found[reference(layout.method)]
         loss, norm = difference(base, losses)
         same = "same" if support == base_support else "DIFFERS"
         lines.append(
-            f"{layout.text:<26} {loss:.1e}  {norm:.1e}  {losses[0][0]:.3f} -> {losses[-1][0]:.3f}   {same}"
+            f"{layout.text:<30} {loss:.1e}  {norm:.1e}  {losses[0][0]:.3f} -> {losses[-1][0]:.3f}   {same}"
         )
-    with open(output, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-    write("\n".join(lines))
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -286,6 +286,8 @@ def test_bfloat16(run: Path, tmp_path: Path, mesh: Mesh) -> None:
         (["{run}", "--list", "--verify"], "not allowed with"),
         (["{run}", "--output", "{tmp}/new"], "a run; give one of its step_N"),
         (["{run}/step_2", "--output", "{tmp}"], "exists; give a new folder"),
+        (["{run}/step_2", "--output", "{run}/step_2/new"], "lies inside a checkpoint"),
+        ([__file__, "--list"], "is a file; give a run folder"),
         (["{run}/step_2", "--output", "{tmp}/new", "--shards", "0"], "--shards 0: must lie in"),
         (["{run}/step_2", "--output", "{tmp}/new", "--dtype", "float16"], "--dtype"),
         (["{run}/step_2", "--list", "--weights_only"], "--weights_only: goes with --output"),
