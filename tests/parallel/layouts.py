@@ -131,16 +131,21 @@ def difference(one: Curve, other: Curve) -> tuple[float, float]:
 
 
 def main(arguments: list[str], write: Callable[[str], Any] = print) -> None:
-    """Run the whole matrix; the file is written anew after every engine, so that a run cut short leaves what it had."""
+    """Run the whole matrix, the pairwise cover first; the file is written anew after every part, so that a run
+    that is cut short leaves what it had.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", required=True)
     output = parser.parse_args(arguments).output
     began = time.perf_counter()
     wanted = [*matrix(), Layout("fan_in", "fsdp", "1x4", False, hybrid=True)]
+    alone = [layout for layout in wanted if layout.ranks == 1]  # what the others are compared with
+    parts = [alone, [layout for layout in cover(matrix()) if layout.ranks > 1]]
+    for ranks, engine in itertools.product((2, 4), ENGINES):
+        parts.append([at for at in wanted if (at.ranks, at.engine) == (ranks, engine)])
     found: dict[Layout, tuple[Curve, int]] = {}
-    for ranks, engine in itertools.product((1, 2, 4), ENGINES):
-        part = [layout for layout in wanted if (layout.ranks, layout.engine) == (ranks, engine)]
-        found |= run(part, timeout=7200)
+    for part in parts:
+        found |= run([layout for layout in part if layout not in found], timeout=7200)
         text = table(found, len(wanted), time.perf_counter() - began)
         with open(output, "w", encoding="utf-8") as file:
             file.write(text)
