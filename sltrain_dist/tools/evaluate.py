@@ -246,13 +246,13 @@ def _open(
     left, parts = data.eval_tokens, []
     for split in splits:
         samples = make_samples(open_split(folder, split), data.pack, data.sequence_length)
-        if left > 0 and int(samples.targets().sum()):
-            largest = -(-len(samples) // mesh.dp_size)  # more would be filled with nothing
+        targets = samples.targets()
+        if left > 0 and int(targets.sum()):
             parts.append(
                 Evaluation(
                     samples,
                     eval_tokens=left,
-                    micro_batch=min(settings.batch_size, largest),
+                    micro_batch=min(settings.batch_size, len(targets)),  # more would be filling
                     dp_rank=mesh.dp_rank,
                     dp_size=mesh.dp_size,
                 )

@@ -218,7 +218,7 @@ def test_no_checkpoint_there(mesh: Mesh, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for target, complaint in (
         ("nowhere", "no such folder"),
-        ("file", "no such folder"),
+        ("file", "is a file"),
         ("", "holds no checkpoint"),
         ("step_3.tmp", "never finished"),
     ):
