@@ -13,7 +13,7 @@ from typing import Any
 # Threads that spin while they wait bring a machine shared with anyone else to a crawl. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from sltrain_dist.train.flags import Parser, token_count
+from sltrain_dist.train.flags import Parser, token_count, tool_parser
 from sltrain_dist.utils.errors import UserError, report
 
 FLAGS: dict[str, dict[str, Any]] = {
@@ -37,10 +37,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 def parser() -> Parser:
     """The command line."""
-    result = Parser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
-    for flag, options in FLAGS.items():
-        result.add_argument(flag, **options)
-    return result
+    return tool_parser("evaluate.py", __doc__, FLAGS)
 
 
 def main(arguments: list[str]) -> int:

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from typing import Any
 
-from sltrain_dist.train.flags import Parser
+from sltrain_dist.train.flags import Parser, tool_parser
 from sltrain_dist.utils.errors import UserError, report
 
 FLAGS: dict[str, dict[str, Any]] = {
@@ -37,10 +37,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 def parser() -> Parser:
     """The command line."""
-    result = Parser(prog="generate.py", description=__doc__, allow_abbrev=False)
-    for flag, options in FLAGS.items():
-        result.add_argument(flag, **options)
-    return result
+    return tool_parser("generate.py", __doc__, FLAGS)
 
 
 def main(arguments: list[str]) -> int:

@@ -158,14 +158,20 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        if hidden_gradient is not None:
-            hidden_gradient = hidden_gradient * upstream.to(hidden_gradient.dtype)
-        if weight_gradient is not None:
-            # written straight in the weight's dtype: no second float32 copy of [P, D]
-            scaled = torch.empty_like(weight_gradient, dtype=ctx.weight_dtype)
-            weight_gradient = torch.mul(weight_gradient, upstream, out=scaled)
-        return hidden_gradient, weight_gradient, None, None, None
+        hidden, weight = ctx.saved_tensors
+        return *scale_gradients(hidden, weight, upstream, ctx.weight_dtype), None, None, None
+
+
+def scale_gradients(
+    hidden: Tensor | None, weight: Tensor | None, upstream: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients found in forward, times the incoming scalar; the weight's in the weight's dtype."""
+    if hidden is not None:
+        hidden = hidden * upstream.to(hidden.dtype)
+    if weight is not None:
+        # written straight in the weight's dtype: no second float32 copy of [P, D]
+        weight = torch.mul(weight, upstream, out=torch.empty_like(weight, dtype=weight_dtype))
+    return hidden, weight
 
 
 def _loss_and_gradient_in_place(logits: Tensor, labels: Tensor) -> Tensor:

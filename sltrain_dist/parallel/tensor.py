@@ -125,7 +125,7 @@ def scatter_dim(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.contiguous().clone()
+    total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sltrain_dist.ops.cross_entropy import IGNORED, chunk_size
+from sltrain_dist.ops.cross_entropy import IGNORED, chunk_size, scale_gradients
 from sltrain_dist.ops.precision import compute_dtype, linear
 from sltrain_dist.parallel.tensor import TensorParallel, all_gather
 
@@ -97,10 +97,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
-        scaled = torch.empty_like(dweight, dtype=ctx.weight_dtype)
-        torch.mul(dweight, upstream, out=scaled)
-        return dhidden * upstream.to(dhidden.dtype), scaled, None, None, None
+        hidden, weight = ctx.saved_tensors
+        return *scale_gradients(hidden, weight, upstream, ctx.weight_dtype), None, None, None
 
 
 def _loss_and_gradient_in_place(

@@ -9,6 +9,7 @@ Shapes: in and out are physical (padded) features; r is the rank.
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ class LinearShape:
     dtype: torch.dtype
 
 
-class ParameterizedLinear(nn.Module):
+class ParameterizedLinear(nn.Module, ABC):
     """Base: creates parameters from their specs, and the bias that all kinds share."""
 
     bias: nn.Parameter | None
@@ -79,14 +80,14 @@ class ParameterizedLinear(nn.Module):
         """x [..., in] -> [..., out]; under tensor parallelism a rank's part of either (parallel.linear)."""
         return self.multiply(x) if self.parallel is None else self.parallel(x)
 
+    @abstractmethod
     def multiply(self, x: Tensor) -> Tensor:
         """`forward` where the whole matrix is here."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def product(self) -> Product:
         """The same without bias and dropout, as a pair of functions of the parameters."""
-        raise NotImplementedError
 
     @property
     def dropout(self) -> float:

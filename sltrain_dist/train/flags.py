@@ -156,6 +156,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def tool_parser(prog: str, description: str | None, flags: dict[str, dict[str, Any]]) -> Parser:
+    """The parser of a small launcher: its own table, flag -> `add_argument`'s keywords."""
+    result = Parser(prog=prog, description=description, allow_abbrev=False)
+    for flag, options in flags.items():
+        result.add_argument(flag, **options)
+    return result
+
+
 def parser() -> argparse.ArgumentParser:
     """The argparse parser of the table. Flags not given are absent from its namespace."""
     result = Parser(
