@@ -18,6 +18,7 @@ PRESETS = Path(__file__).parent / "presets"
 Method = Literal["full", "low_rank", "sltrain"]
 SupportKind = Literal["fan_in", "uniform", "block"]
 Dtype = Literal["float32", "bfloat16"]
+Checkpointing = Literal["none", "block", "selective"]
 
 
 class Kind(NamedTuple):
@@ -321,7 +322,7 @@ class TrainConfig:
     norm: Literal["auto", "torch", "apex"] = "auto"
     linear_path: Literal["auto", "composed", "factorized"] = "auto"  # of sltrain's linears
     keep_hidden: Literal["auto", "yes", "no"] = "auto"  # x A^T of factorized linears, for backward
-    activation_checkpointing: Literal["none", "block"] = "none"
+    activation_checkpointing: Checkpointing = "none"
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     use_hf_model: bool = False  # transformers' LlamaForCausalLM with its linears replaced
     loss_average: Literal["tokens", "micro_batches"] = (

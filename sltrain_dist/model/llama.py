@@ -14,22 +14,23 @@ Dh width of a head, V vocabulary, P padded vocabulary.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from sltrain_dist.config import MethodConfig, ModelConfig
+from sltrain_dist.config import Checkpointing, MethodConfig, ModelConfig
 from sltrain_dist.model.backends import ATTENTION, NORM, AttentionFunction, NormFunction
 from sltrain_dist.model.cache import KeyValueCache, LayerCache
+from sltrain_dist.model.recompute import forget
 from sltrain_dist.model.rope import cos_sin, rotate, same_angles, validate_rope
 from sltrain_dist.ops.cross_entropy import linear_cross_entropy
+from sltrain_dist.ops.pointwise import swiglu
 from sltrain_dist.parallel.vocabulary import ParallelVocabulary
 from sltrain_dist.params import ParameterSpec, constant_spec, make_linear, matrix_spec
 
-Checkpointing = Literal["none", "block"]
 # (full name, out, in, parallel=, bias=, logical_out=, logical_in=) -> module: ``make_linear`` with
 # the method, spread, device and dtype of the model filled in
 LinearFactory = Callable[..., nn.Module]
@@ -134,6 +135,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). Padded columns of F stay exactly zero: silu(0) * 0."""
 
+    selective = False  # forget the product between forward and backward
+
     def __init__(self, name: str, config: ModelConfig, linear: LinearFactory) -> None:
         super().__init__()
         hidden, bias = config.hidden_size, config.mlp_bias
@@ -147,7 +150,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = swiglu(gate, up)
+        out: Tensor = self.down_proj(product)
+        if self.selective:
+            forget(product, partial(swiglu, gate, up), until=out)
         return out
 
 
@@ -155,6 +162,7 @@ class Block(nn.Module):
     """One decoder layer; the unit that FSDP2 shards and activation checkpointing recomputes.
 
     ``name`` is its place in the parameter tree: it keys supports and initial values.
+    selective: forget what is cheap to compute between forward and backward (model.recompute).
     """
 
     def __init__(
@@ -164,10 +172,12 @@ class Block(nn.Module):
         linear: LinearFactory,
         attention: AttentionFunction,
         norm: Callable[[], RMSNorm],
+        selective: bool = False,
     ) -> None:
         super().__init__()
         self.self_attn = Attention(f"{name}.self_attn", config, linear, attention)
         self.mlp = MLP(f"{name}.mlp", config, linear)
+        self.selective = self.mlp.selective = selective
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
 
@@ -175,9 +185,16 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
         """x [B, T, D], cos and sin [T, 1, Dh] -> [B, T, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        normal = self.input_layernorm(x)
+        mixed = self.self_attn(normal, cos, sin, cache)
+        if self.selective:
+            forget(normal, partial(self.input_layernorm, x), until=mixed)
+        x = x + mixed
+        normal = self.post_attention_layernorm(x)
+        out: Tensor = self.mlp(normal)
+        if self.selective:
+            forget(normal, partial(self.post_attention_layernorm, x), until=out)
+        return x + out
 
 
 class Decoder(nn.Module):
@@ -208,7 +225,14 @@ class Decoder(nn.Module):
         )
         self.embed_tokens = Embedding(config, device, dtype)
         self.layers = nn.ModuleList(
-            Block(f"model.layers.{index}", config, linear, attention, norm)
+            Block(
+                f"model.layers.{index}",
+                config,
+                linear,
+                attention,
+                norm,
+                checkpointing == "selective",
+            )
             for index in range(config.num_hidden_layers)
         )
         self.norm = norm()
@@ -248,7 +272,8 @@ class Llama(nn.Module):
         method: what the linears of attention and MLP are made of; embedding and head are dense.
         attention, norm: a key of ``backends.ATTENTION`` and ``backends.NORM`` ("auto" is resolved
             before, by ``resolve_attention`` and ``resolve_norm``: here the device may be meta).
-        checkpointing: "block" keeps only each block's input and recomputes the rest in backward.
+        checkpointing: "block" keeps only each block's input and recomputes the rest in backward;
+            "selective" recomputes what norms and SwiGLU gave, and no product.
         device, dtype: of the (uninitialised) parameters.
 
     Raises:
@@ -268,8 +293,8 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         validate_rope(config)
-        if checkpointing not in ("none", "block"):
-            raise ValueError(f"checkpointing {checkpointing!r}: neither 'none' nor 'block'")
+        if checkpointing not in get_args(Checkpointing):
+            raise ValueError(f"checkpointing {checkpointing!r}: none of {get_args(Checkpointing)}")
         device = torch.device(device)
         self.config = config
         self.method = method

@@ -249,6 +249,10 @@ def _check_hf_model(settings: dict[str, Any]) -> None:
                 f"--{name} {settings[name]}: --use_hf_model runs with {only}; drop one of them"
             )
         settings[name] = only
+    if settings["activation_checkpointing"] == "selective":
+        raise UserError(
+            "--activation_checkpointing selective: --use_hf_model knows none and block; take one of them"
+        )
 
 
 def _check_linear_path(settings: dict[str, Any]) -> None:
@@ -263,6 +267,15 @@ def _check_linear_path(settings: dict[str, Any]) -> None:
         raise UserError(
             f"--keep_hidden {settings['keep_hidden']}: only factorized linears of --method sltrain have x A^T to "
             "keep; leave it out, or take --linear_path factorized"
+        )
+
+
+def _check_activations(settings: dict[str, Any]) -> None:
+    """What is kept for backward, against what a compiled block decides for itself."""
+    if settings["activation_checkpointing"] == "selective" and settings["compile"] != "none":
+        raise UserError(
+            f"--activation_checkpointing selective: --compile {settings['compile']} computes norms and SwiGLU again"
+            " where that pays by itself; take none or block with it, or leave --compile out"
         )
 
 
@@ -325,6 +338,7 @@ def _build(
     if ds_config is not None:
         resolve_ds_config(ds_config, engine, optimizer, dp_size)
     _check_linear_path(settings)
+    _check_activations(settings)
     _check_start(settings)
     if settings["use_hf_model"]:
         _check_hf_model(settings)
