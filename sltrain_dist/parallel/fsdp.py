@@ -245,10 +245,7 @@ def _fill(
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         spec = specs[name]
-        start, stop = _local_range(spec, mesh)
-        local = parameter.to_local()
-        if local.numel():
-            local.copy_(spec.flat(seed, name, start, stop, mesh.device).view(local.shape))
+        spec.fill(parameter.to_local(), seed, name, _local_range(spec, mesh)[0])
         sharded[name] = parameter
     return sharded
 
