@@ -295,6 +295,7 @@ class EngineConfig:
     tensor_parallel: int = 1  # ranks that every layer is cut over
     sequence_parallel: bool = False  # between the cut layers a rank holds a part of the positions
     replicate: int = 1  # copies of the model that FSDP2 keeps beside each other (HSDP)
+    cpu_offload: bool = False  # FSDP2: shards, gradients and optimizer in host memory
     batch_size: int = 8  # sequences per micro-batch and data-parallel rank
     gradient_accumulation: int = 1
     seed: int = 42
@@ -323,6 +324,7 @@ class TrainConfig:
     linear_path: Literal["auto", "composed", "factorized"] = "auto"  # of sltrain's linears
     keep_hidden: Literal["auto", "yes", "no"] = "auto"  # x A^T of factorized linears, for backward
     activation_checkpointing: Checkpointing = "none"
+    offload_activations: bool = False  # what blocks keep for backward waits in host memory
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     use_hf_model: bool = False  # transformers' LlamaForCausalLM with its linears replaced
     loss_average: Literal["tokens", "micro_batches"] = (

@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, D model width, F MLP width (padded), H heads, K key/v
 Dh width of a head, V vocabulary, P padded vocabulary.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import get_args
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from sltrain_dist.config import Checkpointing, MethodConfig, ModelConfig
 from sltrain_dist.model.backends import ATTENTION, NORM, AttentionFunction, NormFunction
 from sltrain_dist.model.cache import KeyValueCache, LayerCache
+from sltrain_dist.model.offload import HostStore
 from sltrain_dist.model.recompute import forget
 from sltrain_dist.model.rope import cos_sin, rotate, same_angles, validate_rope
 from sltrain_dist.ops.cross_entropy import linear_cross_entropy
@@ -207,12 +209,14 @@ class Decoder(nn.Module):
         attention: AttentionFunction,
         norm_function: NormFunction,
         checkpointing: Checkpointing,
+        offload: bool,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.config = config
         self.checkpointing = checkpointing
+        self.offload = offload
         norm = partial(
             RMSNorm, config.hidden_size, config.rms_norm_eps, norm_function, device, dtype
         )
@@ -251,17 +255,28 @@ class Decoder(nn.Module):
                 f"keys of {start} positions cannot serve {length}: the rope scaling changes"
             )
         cos, sin = cos_sin(self.config, length, tokens.device, x.dtype, start)
-        recompute = self.checkpointing == "block" and torch.is_grad_enabled()
-        for index, block in enumerate(self.layers):
-            # not a wrapper module: parameter names must not depend on checkpointing
-            if cache is not None:
-                x = block(x, cos, sin, cache.layers[index])
-            elif recompute:
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
-            else:
-                x = block(x, cos, sin)
+        if cache is not None:
+            for block, layer in zip(self.layers, cache.layers, strict=True):
+                x = block(x, cos, sin, layer)
+        else:
+            x = self._blocks(x, cos, sin)
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def _blocks(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """All blocks, and what of them is kept for backward; without wrapper modules, which would rename parameters."""
+        trained = torch.is_grad_enabled()
+        recompute = self.checkpointing == "block" and trained
+        store = HostStore(x.device) if self.offload and trained else None
+        for block in self.layers:
+            # recomputed blocks keep their input alone, and no parameters
+            kept = store.block(None if recompute else block) if store else contextlib.nullcontext()
+            with kept:
+                if recompute:
+                    x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                else:
+                    x = block(x, cos, sin)
+        return x
 
 
 class Llama(nn.Module):
@@ -274,6 +289,7 @@ class Llama(nn.Module):
             before, by ``resolve_attention`` and ``resolve_norm``: here the device may be meta).
         checkpointing: "block" keeps only each block's input and recomputes the rest in backward;
             "selective" recomputes what norms and SwiGLU gave, and no product.
+        offload: what blocks keep for backward waits in host memory (model.offload).
         device, dtype: of the (uninitialised) parameters.
 
     Raises:
@@ -288,6 +304,7 @@ class Llama(nn.Module):
         attention: str = "sdpa",
         norm: str = "torch",
         checkpointing: Checkpointing = "none",
+        offload: bool = False,
         device: torch.device | str = "meta",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -299,7 +316,7 @@ class Llama(nn.Module):
         self.config = config
         self.method = method
         self.model = Decoder(
-            config, method, ATTENTION[attention], NORM[norm], checkpointing, device, dtype
+            config, method, ATTENTION[attention], NORM[norm], checkpointing, offload, device, dtype
         )
         self.lm_head = Head(config, device, dtype)
         self.tie_weights()
