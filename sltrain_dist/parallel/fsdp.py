@@ -4,7 +4,8 @@ Under tensor parallelism the model comes cut, in plain tensors, and each tensor-
 part over its data-parallel peers: FSDP2 sees one axis, or two for HSDP, and no product goes through
 DTensor's dispatch. The model is made on the meta device, sharded there, given memory for the local shards alone, and
 filled shard by shard from the parameters' specs. The optimizer sees plain local tensors that share
-memory with the shards, never DTensors, so any element-wise torch optimizer works.
+memory with the shards, never DTensors, so any element-wise torch optimizer works. Under --cpu_offload the
+shards, their gradients and the optimizer are in host memory, pinned where there is a GPU to copy from it.
 """
 
 import math
@@ -14,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from sltrain_dist.config import EngineConfig
@@ -69,8 +76,11 @@ class FsdpEngine:
         model = model_factory(device="meta", dtype=torch.bfloat16 if pure else torch.float32)
         self.specs = collect_specs(model)
         check_support(mesh, self.specs, seed)
-        self.module: nn.Module = _shard(model, mesh, half)
-        self.sharded = _fill(self.module, self.specs, seed, mesh)
+        self.home = torch.device("cpu") if config.cpu_offload else mesh.device  # of the shards
+        pinned = mesh.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if config.cpu_offload else OffloadPolicy()
+        self.module: nn.Module = _shard(model, mesh, half, offload)
+        self.sharded = _fill(self.module, self.specs, seed, mesh, self.home)
         self.local = {
             name: nn.Parameter(parameter.to_local().detach())
             for name, parameter in self.sharded.items()
@@ -229,7 +239,7 @@ class FsdpEngine:
         return local
 
     def _global_norm(self, gradients: dict[str, Tensor]) -> Tensor:
-        """L2 norm over all shards of all ranks, float32 scalar; squares are added in float64.
+        """L2 norm over all shards of all ranks, float32 scalar where the shards are; squares are added in float64.
 
         What tensor-parallel ranks hold in common counts on the first of them.
         """
@@ -238,11 +248,11 @@ class FsdpEngine:
             for name, gradient in gradients.items()
             if gradient.numel() and (self.specs[name].cut is not None or self.mesh.tp_rank == 0)
         ]
-        squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        squares = torch.zeros((), dtype=torch.float64, device=self.home)
         if norms:
             squares = torch.stack(norms).double().square_().sum()
-        total = sum_over_all(self.mesh, squares) / self.mesh.replicate_size
-        return total.sqrt().float()
+        total = sum_over_all(self.mesh, squares.to(self.mesh.device)) / self.mesh.replicate_size
+        return total.sqrt().float().to(self.home)
 
     def _accumulate_in_float32(self) -> None:
         """Move each reduced bfloat16 gradient into a float32 sum as soon as FSDP2 has written it."""
@@ -251,6 +261,8 @@ class FsdpEngine:
             def move(parameter: Tensor, name: str = name) -> None:
                 grad = parameter.grad
                 assert isinstance(grad, DTensor)
+                if self.home != self.mesh.device and self.mesh.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()  # it may be on its way to the host
                 reduced = grad.to_local().float()
                 self._sums[name] = self._sums[name].add_(reduced) if name in self._sums else reduced
                 parameter.grad = None
@@ -258,7 +270,7 @@ class FsdpEngine:
             self.sharded[name].register_post_accumulate_grad_hook(move)
 
 
-def _shard(model: nn.Module, mesh: Mesh, half: bool) -> nn.Module:
+def _shard(model: nn.Module, mesh: Mesh, half: bool, offload: OffloadPolicy) -> nn.Module:
     """Apply fully_shard to each block and the root, with gradients summed instead of averaged."""
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,
@@ -270,7 +282,7 @@ def _shard(model: nn.Module, mesh: Mesh, half: bool) -> nn.Module:
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     blocks = getattr(model, "blocks", ())
     for module in (*blocks, *_vocabulary(model), model):
-        fully_shard(module, mesh=mesh.data_mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh.data_mesh, mp_policy=policy, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -320,18 +332,15 @@ def _local_range(spec: ParameterSpec, mesh: Mesh) -> tuple[int, int]:
 
 @torch.no_grad()
 def _fill(
-    model: nn.Module, specs: dict[str, ParameterSpec], seed: int, mesh: Mesh
+    model: nn.Module, specs: dict[str, ParameterSpec], seed: int, mesh: Mesh, home: torch.device
 ) -> dict[str, DTensor]:
     """Give the sharded model memory and write this rank's part of every parameter; return them by name."""
-    _to_real(model, mesh.device)
+    _to_real(model, home)
     sharded: dict[str, DTensor] = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         spec = specs[name]
-        start, stop = _local_range(spec, mesh)
-        local = parameter.to_local()
-        if local.numel():
-            local.copy_(spec.flat(seed, name, start, stop, mesh.device).view(local.shape))
+        spec.fill(parameter.to_local(), seed, name, _local_range(spec, mesh)[0])
         sharded[name] = parameter
     return sharded
 

@@ -235,23 +235,22 @@ class ZeroEngine:
         """Write initial values: of whole parameters, under stage 3 of the slices this rank holds."""
         for name, parameter in self.parameters.items():
             held, start = held_weights(parameter)
-            held.copy_(self._initial(name, held, start))
+            self._initial(name, held, start)
 
     @torch.no_grad()
     def _fill_masters(self) -> None:
         """Start float32 masters from the float32 initial values, not from their bfloat16 rounding."""
         for name, parameter in self.trained.items():
             for start, master in self.layout.fragments(parameter):
-                master.copy_(self._initial(name, master, start))
+                self._initial(name, master, start)
 
-    def _initial(self, name: str, like: Tensor, start: int) -> Tensor:
-        """Initial values of the flat elements from ``start`` on, shaped as ``like``; zeros past the end."""
+    def _initial(self, name: str, held: Tensor, start: int) -> None:
+        """Write initial values of the flat elements from ``start`` on into ``held``; zeros past the end."""
         spec = self.specs[name]
-        stop = min(start + like.numel(), math.prod(spec.local_shape))
-        values = torch.zeros(like.numel(), dtype=like.dtype, device=like.device)
-        if start < stop:
-            values[: stop - start] = spec.flat(self.seed, name, start, stop, self.mesh.device)
-        return values.view(like.shape)
+        real = max(0, min(held.numel(), math.prod(spec.local_shape) - start))
+        flat = held.view(-1)
+        flat[real:] = 0
+        spec.fill(flat[:real], self.seed, name, start)
 
     def _own_hash(self) -> int:
         """Hash of the offsets this rank holds: of all, or of its slices under stage 3."""

@@ -127,7 +127,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("master_weights", "fp32 weights beside bfloat16 compute, or none, rounding to nearest or stochastically (with the reference's flags, "
              "per layer and fsdp: none)", choices=("fp32", "none", "stochastic")),
         Flag("grad_sync", "fsdp: reduce gradients each micro-batch, or once an update", "each", choices=("each", "last")),
-        Flag("activation_checkpointing", "recompute each block in backward", "none", choices=("none", "block"), const="block"),
+        Flag("activation_checkpointing", "in backward compute each block again, or what its norms and SwiGLU gave (no products)",
+             "none", choices=("none", "block", "selective"), const="block"),
+        Flag("offload_activations", "what blocks keep for backward waits in pinned host memory (on a CPU it is there anyway)", False, None),
+        Flag("cpu_offload", "fsdp: shards, gradients and optimizer in host memory, where updates are computed; zero: see ds_configs/zero3_offload.json",
+             False, None),
         Flag("single_gpu", "refuse to run on more than one rank", False, None),
         Flag("timeout", "seconds that a collective may take", 600.0, float),
         Flag("local_rank", argparse.SUPPRESS, kind=int),

@@ -266,6 +266,16 @@ def _engine(settings: dict[str, Any], ds_config: dict[str, Any] | None) -> Engin
             f"--replicate {settings['replicate']}: is for --engine fsdp; a DeepSpeed JSON has"
             ' "zero_optimization.zero_hpz_partition_size"'
         )
+    if engine == "zero" and settings["cpu_offload"]:
+        raise UserError(
+            '--cpu_offload: is for --engine fsdp; a DeepSpeed JSON has "zero_optimization.offload_optimizer" and'
+            ' "zero_optimization.offload_param", as in ds_configs/zero3_offload.json'
+        )
+    if settings["cpu_offload"] and settings["optimizer"].startswith("apex_"):
+        plain = settings["optimizer"].removeprefix("apex_")
+        raise UserError(
+            f"--cpu_offload: updates run on the host, --optimizer {settings['optimizer']} on a GPU; take --optimizer {plain}"
+        )
     dtype = _dtype(settings)
     if settings["master_weights"] == "stochastic" and (engine == "zero" or dtype == "float32"):
         other = (
@@ -286,6 +296,7 @@ def _engine(settings: dict[str, Any], ds_config: dict[str, Any] | None) -> Engin
         sequence_parallel=settings["sequence_parallel"],
         per_layer=settings["per_layer"],
         replicate=settings["replicate"],
+        cpu_offload=settings["cpu_offload"],
         batch_size=settings["batch_size"],
         gradient_accumulation=settings["gradient_accumulation"],
         seed=settings["seed"],
@@ -300,6 +311,10 @@ def _check_hf_model(settings: dict[str, Any]) -> None:
                 f"--{name} {settings[name]}: --use_hf_model runs with {only}; drop one of them"
             )
         settings[name] = only
+    if settings["activation_checkpointing"] == "selective":
+        raise UserError(
+            "--activation_checkpointing selective: --use_hf_model knows none and block; take one of them"
+        )
 
 
 def _check_linear_path(settings: dict[str, Any]) -> None:
@@ -315,6 +330,29 @@ def _check_linear_path(settings: dict[str, Any]) -> None:
             f"--keep_hidden {settings['keep_hidden']}: only factorized linears of --method sltrain have x A^T to "
             "keep; leave it out, or take --linear_path factorized"
         )
+
+
+def _check_activations(settings: dict[str, Any], stage: int) -> None:
+    """What is kept for backward, against what a compiled block decides for itself."""
+    if settings["activation_checkpointing"] == "selective" and settings["compile"] != "none":
+        raise UserError(
+            f"--activation_checkpointing selective: --compile {settings['compile']} computes norms and SwiGLU again"
+            " where that pays by itself; take none or block with it, or leave --compile out"
+        )
+    if not settings["offload_activations"]:
+        return
+    if settings["use_hf_model"]:
+        raise UserError("--offload_activations: --use_hf_model keeps activations itself; drop one")
+    others = {
+        "--activation_checkpointing selective": settings["activation_checkpointing"] == "selective",
+        f"--compile {settings['compile']}": settings["compile"] != "none",
+        "ZeRO stage 3, whose gathered weights would wait with the activations,": stage == 3,
+    }
+    for other, is_so in others.items():
+        if is_so and settings["activation_checkpointing"] != "block":
+            raise UserError(
+                f"--offload_activations: with {other} it needs --activation_checkpointing block, whose block inputs it moves"
+            )
 
 
 def _check_start(settings: dict[str, Any]) -> None:
@@ -382,6 +420,7 @@ def _build(
     if ds_config is not None:
         resolve_ds_config(ds_config, engine, optimizer, dp_size)
     _check_linear_path(settings)
+    _check_activations(settings, engine.stage if engine.engine == "zero" else 0)
     _check_start(settings)
     if settings["use_hf_model"]:
         _check_hf_model(settings)
@@ -407,6 +446,7 @@ def _build(
         linear_path=settings["linear_path"],
         keep_hidden=settings["keep_hidden"],
         activation_checkpointing=settings["activation_checkpointing"],
+        offload_activations=settings["offload_activations"],
         compile=settings["compile"],
         use_hf_model=settings["use_hf_model"],
         loss_average=settings["loss_average"],

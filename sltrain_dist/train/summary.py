@@ -7,7 +7,8 @@ The estimate adds up, per rank, with P trained elements, n ranks, w bytes a weig
     optimizer   4 P for each state, over n from ZeRO-1 on
     indices     1 or 4 bytes per entry of S, over n under ZeRO-3 and FSDP2
     activations per token and layer what autograd keeps, 7 D + 3 F + D KV/H elements (D alone under
-                checkpointing, and one layer whole), 7 r where h is kept, and, where a linear is composed, W of the
+                checkpointing "block", and one layer whole; 2 D + F fewer under "selective"), 7 r where h is kept,
+                and, where a linear is composed, W of the
                 largest one, twice, else the workspace of the largest factorized one
     loss        fp32 logits of one chunk and the gradients of head and hidden states
 """
@@ -58,8 +59,9 @@ def estimate_memory(
     hidden, ff = model.hidden_size, model.padded_intermediate_size
     kv = hidden * model.num_key_value_heads // model.num_attention_heads
     # whole between the regions but for sequence parallelism; inside them a part of heads and of F
-    outside = 3 * hidden // (tp if engine.sequence_parallel else 1)
-    layer = (outside + (4 * hidden + 3 * ff + kv) // tp) * width
+    norms, products = (1, 2) if config.activation_checkpointing == "selective" else (3, 3)
+    outside = norms * hidden // (tp if engine.sequence_parallel else 1)
+    layer = (outside + (4 * hidden + products * ff + kv) // tp) * width
     if "factorized" in paths.chosen.values() and paths.keeps_hidden:
         layer += 7 * config.method.rank * width
     layers = model.num_hidden_layers
