@@ -129,6 +129,7 @@ class FsdpEngine:
 
         norm_before: what they are clipped by instead of their own norm.
         """
+        self._settle()
         gradients = {name: self._gradient(name) for name in names}
         norm = self._global_norm(gradients)
         if math.isfinite(value := norm.item()):
@@ -224,6 +225,11 @@ class FsdpEngine:
             return self.factory.tensors(self.optimizer, local)
         return {name: local.detach().clone() for name in self.factory.state_names(local.dim())}
 
+    def _settle(self) -> None:
+        """Wait for gradients on their way to the host: torch before 2.13 calls hooks without having waited."""
+        if self.home.type == "cpu" and self.mesh.device.type == "cuda":
+            torch.cuda.current_stream(self.mesh.device).synchronize()
+
     def _gradient(self, name: str) -> Tensor:
         """The summed gradient of the local shard; zeros where no loss reached the parameter."""
         if name in self._sums:
@@ -261,8 +267,7 @@ class FsdpEngine:
             def move(parameter: Tensor, name: str = name) -> None:
                 grad = parameter.grad
                 assert isinstance(grad, DTensor)
-                if self.home != self.mesh.device and self.mesh.device.type == "cuda":
-                    torch.cuda.current_stream().synchronize()  # it may be on its way to the host
+                self._settle()
                 reduced = grad.to_local().float()
                 self._sums[name] = self._sums[name].add_(reduced) if name in self._sums else reduced
                 parameter.grad = None

@@ -27,6 +27,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "pure": {"dtype": "bfloat16", "master_weights": False},
     "reduced once": {"grad_sync": "last"},
     "hybrid": {},
+    "per layer": {"per_layer": True},
 }
 Curve = list[tuple[float, float]]
 
