@@ -77,9 +77,11 @@ class Random:
 
     def _draw(self, key: int, index: Tensor) -> Tensor:
         if self.distribution == "normal":
-            values = counter_random.normal(key, index) * self.spread
+            values = counter_random.normal(key, index).mul_(self.spread)
         else:
-            values = (counter_random.uniform(key, index) * 2 - 1) * self.spread
+            values = counter_random.uniform(key, index).mul_(2).sub_(1).mul_(self.spread)
+        if self.shape == self.logical:  # dividing is slower than all of the above
+            return values
         remaining = index
         for size, real in zip(reversed(self.shape), reversed(self.logical), strict=True):
             if real < size:
