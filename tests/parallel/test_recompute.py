@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sltrain_dist.parallel import tensor as parallel_tensor
 from sltrain_dist.parallel.mesh import Mesh
+from sltrain_dist.parallel.tensor import tensor_parallel
 from tests.parallel import tiny
 from tests.ranks import run_ranks
 
@@ -101,3 +102,49 @@ def test_selective_sends_what_none_does() -> None:
     for sequence in (False, True):
         assert found["selective", sequence] == found["none", sequence] > 0
         assert found["block", sequence] > found["none", sequence]
+
+
+KEPT_TOKENS = (2, 16)
+
+
+def _kept(_: Mesh) -> dict[tuple[str, bool, str], int]:
+    """Bytes that a block keeps on a rank of two tensor-parallel ones."""
+    from sltrain_dist.model.rope import cos_sin
+    from tests.model.test_saved import Kept
+
+    mesh, found = tiny.arranged(2), {}
+    for kind, sequence, path in itertools.product(
+        ("none", "selective"), (False, True), ("composed", "factorized")
+    ):
+        tp = tensor_parallel(
+            mesh, tiny.config("fsdp", 1, tensor_parallel=2, sequence_parallel=sequence)
+        )
+        assert tp is not None
+        method = tiny.SHARED_METHODS["fan_in"]
+        make = tiny.tiny_factory(method, tiny.SHARED, tp, checkpointing=kind, path=path)  # type: ignore[arg-type]
+        model: Any = make(device="cpu", dtype=torch.float32)
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+        batch, length = KEPT_TOKENS
+        here = length // 2 if sequence else length
+        x = torch.ones(batch, here, tiny.SHARED.hidden_size, requires_grad=True)
+        cos, sin = cos_sin(tiny.SHARED, length, x.device, x.dtype)
+        with Kept(*model.parameters(), cos, sin) as kept:
+            y = model.blocks[0](x, cos, sin)
+        assert y.requires_grad
+        found[kind, sequence, path] = kept.bytes()
+    return found
+
+
+def test_bytes_of_a_block_on_a_tensor_parallel_rank() -> None:
+    """As tests/model/test_saved.py, of which t ranks keep heads and F in parts, norms in parts under sequence parallelism."""
+    model, rank = tiny.SHARED, tiny.SHARED_METHODS["fan_in"].rank
+    d, f, heads = model.hidden_size, model.padded_intermediate_size, model.num_attention_heads
+    for (kind, sequence, path), found in run_ranks(_kept, 2)[0].items():
+        norms, products = (2, 3) if kind == "none" else (0, 2)
+        outside = (2 + norms) * d + 2  # x and x + attention; 1 / rms
+        inside = 4 * d + products * f + heads  # q, k, v, attention; every head has its keys here
+        hidden = 7 * rank if path == "factorized" else 0  # kept on a CPU, whole on every rank
+        wanted = (outside // 2 if sequence else outside) + inside // 2 + hidden
+        tokens = KEPT_TOKENS[0] * KEPT_TOKENS[1]
+        assert found == tokens * wanted * 4, (kind, sequence, path)
