@@ -3,6 +3,7 @@
 
     build          the kernels, into a temporary folder, with the compilers that are here (SLT_BUILD=cuda)
     correctness    each operator and both paths against float64 (correctness.py)
+    activations    what is kept for backward: checkpointing and offloading, gradients compared (activations.py)
     linear         the linears of 60m, 350m, 1b and 7b in bf16, 8k and 32k tokens (linear.py)
     step_60m, _1b  training steps: tokens/s, MFU, peak memory (step.py)
 
@@ -27,7 +28,14 @@ import torch
 from measure import ROOT
 
 HERE = Path(__file__).resolve().parent
-SECONDS = {"build": 150, "correctness": 40, "linear": 130, "step_60m": 90, "step_1b": 60}
+SECONDS = {
+    "build": 150,
+    "correctness": 40,
+    "activations": 30,
+    "linear": 130,
+    "step_60m": 90,
+    "step_1b": 60,
+}
 TOTAL = 470.0
 
 
@@ -39,6 +47,7 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
         return {
             **({} if built else {"build": ["setup.py", "build_ext"]}),
             "correctness": ["correctness.py", *device, "--quick"],
+            "activations": ["activations.py", *device, "--quick"],
             "linear": ["linear.py", *device, "--quick", "--shapes", "128x128r16d.0625", "--supports", "fan_in", "block"],
             "step_60m": ["step.py", *device, "--quick", "--dtype", "bfloat16"],
             "step_1b": ["step.py", *device, "--quick", "--dtype", "bfloat16", "--support", "uniform", "--methods", "ours"],
@@ -50,6 +59,7 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
     return {
         "build": ["setup.py", "build_ext"],
         "correctness": ["correctness.py", *device],
+        "activations": ["activations.py", *device],
         "linear": ["linear.py", *device, *linear],
         "step_60m": ["step.py", *device, *small, *step],
         "step_1b": ["step.py", *device, "--model", "llama_1b", "--batch_size", "32", *step],

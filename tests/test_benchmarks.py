@@ -178,7 +178,11 @@ def test_data(tmp_path):
 
 def test_gpu_suite(tmp_path):
     out = tmp_path / "suite.json"
-    sections = ("correctness", "linear")  # steps have their own test, the build its own below
+    sections = (
+        "correctness",
+        "activations",
+        "linear",
+    )  # steps have their own test, the build its own below
     text, content = run("gpu_suite.py", "--device", "cpu", "--tiny", "--only", *sections, out=out)
     check_about(content["about"])
     assert tuple(content["sections"]) == sections
@@ -192,6 +196,9 @@ def test_gpu_suite(tmp_path):
         "sparse",
     }
     assert content["sections"]["linear"]["rows"]
+    ways = content["sections"]["activations"]["rows"]
+    assert len(ways) == 5
+    assert all(row["error"] == 0 for row in ways)  # on a CPU nothing is out of order
     assert text.endswith("all sections passed\n")
 
 
