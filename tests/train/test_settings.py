@@ -168,7 +168,6 @@ MISTAKES = [
     ),
     ("--batch_size 4 --total_batch_size 8 --gradient_accumulation 3", "--gradient_accumulation 3"),
     ("--dtype float16", "--dtype float16"),
-    ("--optimizer adam8bit", "--optimizer adam8bit: not in this version"),
     ("--optimizer nope", "--optimizer nope: unknown"),
     ("--max_length 4096", "--max_length 4096: the model has 1024 positions"),
     ("--scheduler cosine_restarts --cycle_length 45", "--cycle_length 45"),
