@@ -9,7 +9,6 @@ shards, their gradients and the optimizer are in host memory, pinned where there
 """
 
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    MixedPrecisionPolicy,
     OffloadPolicy,
-    fully_shard,
 )
 from torch.distributed.tensor import DTensor
 
@@ -39,10 +36,12 @@ from sltrain_dist.parallel.engine import (
     grouped,
     optimizer_key,
 )
+from sltrain_dist.parallel.fsdp_shard import fill, local_range, shard, units_of
 from sltrain_dist.parallel.mesh import Mesh, sum_over_all
 from sltrain_dist.parallel.per_layer import LayerUpdates
 from sltrain_dist.parallel.quantised import Buffer, Fragment, buffer_state, load_buffers
-from sltrain_dist.params import ParameterSpec, collect_specs
+from sltrain_dist.params import collect_specs
+from sltrain_dist.utils.allocator import return_freed_memory
 
 
 class FsdpEngine:
@@ -80,8 +79,8 @@ class FsdpEngine:
         self.home = torch.device("cpu") if config.cpu_offload else mesh.device  # of the shards
         pinned = mesh.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=pinned) if config.cpu_offload else OffloadPolicy()
-        self.module: nn.Module = _shard(model, mesh, half, offload)
-        self.sharded = _fill(self.module, self.specs, seed, mesh, self.home)
+        self.module: nn.Module = shard(model, mesh, half, offload)
+        self.sharded = fill(self.module, self.specs, seed, mesh, self.home)
         self.local = {
             name: nn.Parameter(parameter.to_local().detach())
             for name, parameter in self.sharded.items()
@@ -102,8 +101,10 @@ class FsdpEngine:
         self._layers: LayerUpdates | None = None
         if config.per_layer:
             lagged = optimizer_factory.config.per_layer_clip == "lagged"
-            units = _units(self.module, list(self.local))
+            units = units_of(self.module, list(self.local))
             self._layers = LayerUpdates(mesh, units, self.sharded, self._update, lagged)
+            if mesh.device.type == "cpu":
+                self._trim_heap()
 
     def begin_update(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -164,7 +165,7 @@ class FsdpEngine:
         buffers = []
         for name, local in self.local.items():
             if self._bits(name) == 8:
-                start, stop = _local_range(self.specs[name], self.mesh)
+                start, stop = local_range(self.specs[name], self.mesh)
                 largest = chunk_bounds(self.specs[name].local_shape[0], self.mesh.shard_size, 0)[1]
                 numel = largest * math.prod(self.specs[name].local_shape[1:])
                 fragments = (Fragment(name, start, stop - start, 0),) if local.numel() else ()
@@ -222,7 +223,7 @@ class FsdpEngine:
         total = 0
         for name, spec in self.specs.items():
             if spec.kind == "indices":
-                start, _ = _local_range(spec, self.mesh)
+                start, _ = local_range(spec, self.mesh)
                 total += spec.partial_hash(self.seed, name, start, self.sharded[name].to_local())
         return add_hashes(self.mesh, total & 0xFFFFFFFFFFFFFFFF, self.mesh.replicate_size)
 
@@ -266,6 +267,12 @@ class FsdpEngine:
         total = sum_over_all(self.mesh, squares.to(self.mesh.device)) / self.mesh.replicate_size
         return total.sqrt().float().to(self.home)
 
+    def _trim_heap(self) -> None:
+        """Return what the blocks' forward has freed before the largest layer needs its workspace."""
+        for name, module in self.module.named_modules():
+            if name == "lm_head":
+                module.register_forward_pre_hook(lambda *_: return_freed_memory())
+
     def _accumulate_in_float32(self) -> None:
         """Move each reduced bfloat16 gradient into a float32 sum as soon as FSDP2 has written it."""
         for name in self.local:
@@ -279,93 +286,3 @@ class FsdpEngine:
                 parameter.grad = None
 
             self.sharded[name].register_post_accumulate_grad_hook(move)
-
-
-def _shard(model: nn.Module, mesh: Mesh, half: bool, offload: OffloadPolicy) -> nn.Module:
-    """Apply fully_shard to each block and the root, with gradients summed instead of averaged."""
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if half else None,
-        # one rank adds nothing up, and a float32 copy of a block's gradients is large
-        reduce_dtype=torch.float32 if half and mesh.dp_size > 1 else None,
-        cast_forward_inputs=False,
-    )
-    # Compiled blocks return views; nothing here writes into a block's output in place.
-    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
-    blocks = getattr(model, "blocks", ())
-    for module in (*blocks, *_vocabulary(model), model):
-        fully_shard(module, mesh=mesh.data_mesh, mp_policy=policy, offload_policy=offload)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # A divide factor alone becomes a pre-multiplied sum, which gloo lacks.
-            module.set_force_sum_reduction_for_comms(True)
-            _leave_integers_uncast(module)
-    return model
-
-
-def _vocabulary(model: nn.Module) -> list[nn.Module]:
-    """Embedding and head, by far the largest layers: groups of their own, where they are not one tensor."""
-    found = [m for name, m in model.named_modules() if name in ("model.embed_tokens", "lm_head")]
-    return found if len({id(module.weight) for module in found}) == len(found) else []
-
-
-def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
-    """Names of parameters by the FSDP group that reduces them."""
-    groups = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
-    units: dict[str, list[str]] = {}
-    for name in names:
-        inside = [group for group in groups if not group or name.startswith(group + ".")]
-        units.setdefault(max(inside, key=len), []).append(name)
-    return list(units.values())
-
-
-def _leave_integers_uncast(module: FSDPModule) -> None:
-    """Keep mixed precision away from the offsets: torch before 2.12 would cast them to bfloat16 too."""
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    for group in groups:
-        for fsdp_param in group.fsdp_params if group is not None else ():
-            if not fsdp_param.sharded_param.dtype.is_floating_point:
-                settle = fsdp_param.init_dtype_attrs
-
-                def uncast(policy: MixedPrecisionPolicy, settle: Any = settle) -> None:
-                    settle(MixedPrecisionPolicy())
-
-                fsdp_param.init_dtype_attrs = uncast
-
-
-def _local_range(spec: ParameterSpec, mesh: Mesh) -> tuple[int, int]:
-    """Flat bounds of this rank's dim-0 chunk of what tensor parallelism leaves it of a tensor."""
-    rows, *rest = spec.local_shape
-    start, stop = chunk_bounds(rows, mesh.shard_size, mesh.shard_rank)
-    return start * math.prod(rest), stop * math.prod(rest)
-
-
-@torch.no_grad()
-def _fill(
-    model: nn.Module, specs: dict[str, ParameterSpec], seed: int, mesh: Mesh, home: torch.device
-) -> dict[str, DTensor]:
-    """Give the sharded model memory and write this rank's part of every parameter; return them by name."""
-    _to_real(model, home)
-    sharded: dict[str, DTensor] = {}
-    for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor)
-        spec = specs[name]
-        spec.fill(parameter.to_local(), seed, name, _local_range(spec, mesh)[0])
-        sharded[name] = parameter
-    return sharded
-
-
-def _to_real(model: nn.Module, device: torch.device) -> None:
-    """Allocate the shards of a meta model; this makes two tensors of a tied one, so tie it again."""
-    first_names: dict[int, str] = {}
-    ties = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = first_names.setdefault(id(parameter), name)
-        if first != name:
-            ties[name] = first
-    # Not to_empty, which would also wipe buffers that are real already.
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-    for name, first in ties.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
