@@ -14,6 +14,7 @@ from sltrain_dist.config import DataConfig, OptimizerConfig, TrainConfig
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.mesh import Mesh, close, initialise
 from sltrain_dist.tools.checkpoint_report import faults
+from sltrain_dist.tools.convert import convert
 from sltrain_dist.train.checkpoint import Progress, load, save
 from sltrain_dist.train.checkpoint_quantised import SavedMoments
 from tests.parallel import tiny
@@ -200,3 +201,25 @@ def test_bytes_are_a_quarter(mesh: Mesh) -> None:
     assert plain.held_bytes()["moments"] == 8 * (large + small)
     expected = 8 * small + large * 2 * (1 + 4 / 256)
     assert eight.held_bytes()["moments"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_converted_checkpoint_keeps_codes_and_scales(mesh: Mesh, tmp_path: Path) -> None:
+    """Cut into other files, in bfloat16: weights are rounded, 8-bit moments are not touched."""
+    layout = Layout("fsdp")
+    engine = layout.engine(mesh)
+    tiny.train(engine, 0, 2)
+    folder = save(engine, Progress(2, 0), layout.config(mesh, str(tmp_path / "run"))).folder
+    assert folder is not None
+    convert(folder, tmp_path / "small", dtype="bfloat16", shards=3)
+    assert faults(tmp_path / "small") == []
+    one, two = SavedMoments(folder), SavedMoments(tmp_path / "small")
+    for name in one.names:
+        shape = shapes(folder)[name]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(one.read(name, moment, shape), two.read(name, moment, shape))
+    convert(folder, tmp_path / "weights", weights_only=True)
+    assert faults(tmp_path / "weights") == []
+    fresh = layout.engine(mesh)
+    resumed = load(tmp_path / "weights", fresh, layout.config(mesh, "unused"))
+    assert any("weights only" in message for message in resumed.messages)
+    assert all(not buffer.tensors["exp_avg_absmax"].any() for buffer in fresh.buffers())
