@@ -1,0 +1,139 @@
+"""One update of the real model and engine on fake tensors, at any number of ranks: its bytes, without memory.
+
+Everything is what pretrain builds (model, loss, paths, engine, optimizer, loop.update), but for initial
+values, which nobody reads. The device is the CPU: torch for CPUs has no autograd for fake CUDA tensors.
+What a GPU does otherwise is set right here, by name: see `_as_on_cuda`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed._tools.fake_collectives  # noqa: F401  (collectives on fake tensors)
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sltrain_dist.config import TrainConfig
+from sltrain_dist.model.backends import NORM
+from sltrain_dist.ops import precision
+from sltrain_dist.optim.table import OptimizerFactory
+from sltrain_dist.parallel import mesh as meshes
+from sltrain_dist.parallel.engine import ModelFactory, build_engine
+from sltrain_dist.parallel.mesh import Mesh
+from sltrain_dist.parallel.tensor import tensor_parallel
+from sltrain_dist.params import ParameterSpec
+from sltrain_dist.tools.plan_live import Live
+from sltrain_dist.train.build import make_model
+from sltrain_dist.train.linear_paths import LinearPaths
+from sltrain_dist.train.loop import update
+
+_MICRO_BATCHES = 2  # enough to see gradients of one kept while the next ones are made
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the fake run saw on the first rank: bytes by kind (plan_live.KINDS) at the peak, and over time.
+
+    history: total bytes after every change.
+    """
+
+    peak: dict[str, int]
+    history: list[int]
+
+
+def measure(config: TrainConfig, world_size: int, device: str, paths: LinearPaths) -> Measured:
+    """Run one update of ``config`` on ``world_size`` imagined ranks.
+
+    Args:
+        device: "cpu" or "cuda". paths: of the linears (train.linear_paths.decide).
+
+    Raises:
+        UserError: axes that do not fit the ranks, or a combination that the engine refuses.
+    """
+    engine = config.engine
+    mesh = meshes.imagine(world_size, engine.tensor_parallel, engine.replicate)
+    try:
+        with _as_on_cuda(device), FakeTensorMode(), Live(device) as live:
+            _one_update(config, mesh, paths, live)
+    finally:
+        meshes.close()
+    return Measured(live.peak(), [sum(now.values()) for now in live.history()])
+
+
+def _one_update(config: TrainConfig, mesh: Mesh, paths: LinearPaths, live: Live) -> None:
+    """What pretrain does from the engine on; what holds memory lives no longer than this call."""
+    config = replace(config, compile="none")
+    tp = tensor_parallel(mesh, config.engine)
+
+    def factory(*, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        model = make_model(config, "sdpa", "torch", paths, tp, device=device, dtype=dtype)
+        for module in model.modules():
+            if hasattr(module, "specs"):
+                module.specs = {name: _blank(spec) for name, spec in module.specs.items()}
+        return model
+
+    optimizer = OptimizerFactory(config.optimizer)
+    engine: Any = build_engine(factory, mesh, config.engine, optimizer, config.method.seed)
+    _name_parts(engine, live)
+    run: Any = SimpleNamespace(config=config, mesh=mesh, engine=engine)
+    shape = (config.engine.batch_size, config.data.sequence_length)
+    with live.during("activations"):
+        batch = [
+            {name: torch.zeros(shape, dtype=torch.int64) for name in ("tokens", "labels")}
+            for _ in range(min(config.engine.gradient_accumulation, _MICRO_BATCHES))
+        ]
+    with live.during("workspaces"):
+        update(run, batch, config.optimizer.lr)
+
+
+class _Blank(ParameterSpec):
+    """A parameter that gets memory, and no values."""
+
+    def flat(
+        self, seed: int, name: str, start: int, stop: int, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        return torch.empty(stop - start, device=device)
+
+
+def _blank(spec: ParameterSpec) -> ParameterSpec:
+    kind = "dense" if spec.kind == "indices" else spec.kind  # so that no ranks' supports are compared
+    return _Blank(spec.shape, kind, spec.logical_numel, spec.initial, spec.cut)
+
+
+def _name_parts(engine: Any, live: Live) -> None:
+    """Tell ``live`` what the parts of an engine are, and have it follow forward and backward."""
+    for parameter in engine.module.parameters():
+        live.label([parameter], "weights" if parameter.requires_grad else "offsets")
+    for state in engine.optimizer.state.values():
+        live.label((part for part in state.values() if isinstance(part, Tensor)), "optimizer")
+    live.follow(engine.module, "activations")
+    for module in (*engine.module.blocks, engine.module.lm_head):
+        live.follow(module, "loss" if module is engine.module.lm_head else "activations")
+    accumulate = engine.accumulate
+
+    def accumulated(loss: Tensor, *, last: bool) -> None:
+        accumulate(loss, last=last)
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        live.label([*gradients, *getattr(engine, "_sums", {}).values()], "gradients")
+
+    engine.accumulate = accumulated
+
+
+@contextlib.contextmanager
+def _as_on_cuda(device: str) -> Iterator[None]:
+    """For ``device`` "cuda": bfloat16 is multiplied as it is, and RMSNorm is one kernel that keeps x and 1/rms."""
+    if device != "cuda":
+        yield
+        return
+
+    def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y: Tensor = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)[0]
+        return y
+
+    with mock.patch.object(precision, "native_bfloat16", lambda: True):
+        with mock.patch.dict(NORM, {"torch": fused}):
+            yield
