@@ -9,7 +9,7 @@ seen; it declares it (``workspace_bytes``), and `WORKSPACES` adds it at the mome
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,17 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sltrain_dist.tools.plan_workspace import workspace
+from sltrain_dist.train.memory import KINDS
 
-KINDS = (
-    "weights",
-    "offsets",
-    "gradients",
-    "optimizer",
-    "activations",
-    "loss",
-    "workspaces",
-    "communication",
-)
+
 # What these operators of torch read and write is memory of a collective.
 _GATHERED = ("fsdp::all_gather_copy_in", "fsdp::split_with_sizes_copy")
 _REDUCED = ("fsdp::chunk_cat",)

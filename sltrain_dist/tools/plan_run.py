@@ -31,6 +31,7 @@ from sltrain_dist.train.build import make_model
 from sltrain_dist.train.linear_paths import LinearPaths
 from sltrain_dist.train.loop import update
 
+_UPDATES = 2
 _MICRO_BATCHES = 2  # enough to see gradients of one kept while the next ones are made
 
 
@@ -87,7 +88,8 @@ def _one_update(config: TrainConfig, mesh: Mesh, paths: LinearPaths, live: Live)
             for _ in range(min(config.engine.gradient_accumulation, _MICRO_BATCHES))
         ]
     with live.during("workspaces"):
-        update(run, batch, config.optimizer.lr)
+        for _ in range(_UPDATES):
+            update(run, batch, config.optimizer.lr)
 
 
 class _Blank(ParameterSpec):

@@ -32,8 +32,9 @@ from sltrain_dist.params import count_parameters
 from sltrain_dist.train.checkpoint import Found, find, load
 from sltrain_dist.train.init_from import start_from
 from sltrain_dist.train.linear_paths import LinearPaths, decide
+from sltrain_dist.train.memory import estimate_memory
 from sltrain_dist.train.run_folder import Records, choose_folder, claim_folder, lock_folder
-from sltrain_dist.train.summary import estimate_memory, peak_memory, print_summary, say
+from sltrain_dist.train.summary import peak_memory, print_summary, say
 from sltrain_dist.train.tracker import NoTracker, Tracker, check_tracker, open_tracker
 from sltrain_dist.utils.errors import UserError
 
@@ -117,7 +118,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     records = Records(folder, mesh.is_first)
     tracker = open_tracker(config, folder) if mesh.is_first else NoTracker()
     sharding = mesh.shard_size if config.engine.engine == "fsdp" else mesh.dp_size
-    estimate = estimate_memory(config, parameters, sharding, paths)
+    estimate = estimate_memory(config, parameters, sharding, paths, mesh.device.type)
     run = Run(
         config, mesh, data, engine, records, tracker, parameters, estimate, paths, baseline,
         lock=lock,
