@@ -82,7 +82,7 @@ class Live(TorchDispatchMode):
             self._entry(_storage(tensor))
         self._label(func, args, kwargs or {}, outputs)
         if size := workspace(func, args, self.device):
-            self.add_transient(size)
+            self.add_transient(size, "loss" if self.phase == "loss" else "workspaces")
         return result
 
     @contextlib.contextmanager

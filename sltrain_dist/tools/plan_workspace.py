@@ -1,4 +1,4 @@
-"""Bytes that our own operators use inside themselves, by name of the operator, from the arguments of a call."""
+"""Bytes that operators use inside themselves, by name of the operator, from the arguments of a call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltrain_dist.ops import composed, factorized
+from sltrain_dist.ops import composed, cross_entropy, factorized
 from sltrain_dist.ops.precision import compute_dtype
 from sltrain_dist.ops.tiles import Tiles, matrix_shape
 
 
 def workspace(func: Any, args: tuple[Any, ...], device: str) -> int:
-    """Transient bytes of a call of ``func`` beside its arguments and outputs; 0 for operators of others.
+    """Transient bytes of a call of ``func`` beside its arguments and outputs; 0 for operators that have none that matters.
 
     device: "cpu" or "cuda", where the call is to run.
     """
@@ -54,6 +54,14 @@ def _factorized_backward(args: tuple[Any, ...], device: str) -> int:
     return _factorized((x, b, a, values, offsets, None, scaling, *rest), device, "backward")
 
 
+def _loss(args: tuple[Any, ...], device: str) -> int:
+    """torch's chunked loss: what it declares to allocate, without the two gradients that it returns."""
+    hidden, weight = args[:2]
+    (tokens, width), rows = hidden.shape, weight.shape[0]
+    declared = cross_entropy.workspace_bytes(tokens, width, rows, hidden.dtype, device)
+    return declared - (weight.numel() + hidden.numel()) * 4
+
+
 def _element(x: Tensor, device: str) -> int:
     """Bytes of an element as products are computed there."""
     return x.element_size() if device == "cuda" else compute_dtype(x).itemsize
@@ -73,4 +81,5 @@ _RULES: dict[str, Callable[[tuple[Any, ...], str], int]] = {
     "sltrain_dist::composed_linear_backward": _composed_backward,
     "sltrain_dist::factorized_linear": lambda args, device: _factorized(args, device, "forward"),
     "sltrain_dist::factorized_linear_backward": _factorized_backward,
+    "torch_nn::_linear_cross_entropy_batch_chunked": _loss,
 }
