@@ -18,6 +18,7 @@ PRESETS = Path(__file__).parent / "presets"
 Method = Literal["full", "low_rank", "sltrain"]
 SupportKind = Literal["fan_in", "uniform", "block"]
 Dtype = Literal["float32", "bfloat16"]
+Checkpointing = Literal["none", "block", "selective"]
 
 
 class Kind(NamedTuple):
@@ -277,6 +278,10 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.1
     cycle_length: int | None = None
     grad_clipping: float = 0.0  # global norm; 0 is off
+    embedding_state_bits: Literal[8, 32] = 32  # of embedding's and head's moments, of 8-bit ones
+    per_layer_clip: Literal["error", "block", "lagged"] = "error"  # what clipping means per layer
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of bfloat16 weights without masters
+    seed: int = 42  # of stochastic rounding
 
 
 @dataclass(frozen=True)
@@ -293,7 +298,9 @@ class EngineConfig:
     )
     tensor_parallel: int = 1  # ranks that every layer is cut over
     sequence_parallel: bool = False  # between the cut layers a rank holds a part of the positions
+    per_layer: bool = False  # FSDP2: update inside backward, block by block
     replicate: int = 1  # copies of the model that FSDP2 keeps beside each other (HSDP)
+    cpu_offload: bool = False  # FSDP2: shards, gradients and optimizer in host memory
     batch_size: int = 8  # sequences per micro-batch and data-parallel rank
     gradient_accumulation: int = 1
     seed: int = 42
@@ -321,7 +328,8 @@ class TrainConfig:
     norm: Literal["auto", "torch", "apex"] = "auto"
     linear_path: Literal["auto", "composed", "factorized"] = "auto"  # of sltrain's linears
     keep_hidden: Literal["auto", "yes", "no"] = "auto"  # x A^T of factorized linears, for backward
-    activation_checkpointing: Literal["none", "block"] = "none"
+    activation_checkpointing: Checkpointing = "none"
+    offload_activations: bool = False  # what blocks keep for backward waits in host memory
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     use_hf_model: bool = False  # transformers' LlamaForCausalLM with its linears replaced
     loss_average: Literal["tokens", "micro_batches"] = (

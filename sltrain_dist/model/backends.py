@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sltrain_dist.ops import pointwise
 from sltrain_dist.utils.errors import UserError
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,8 +60,12 @@ def _flash_attn_func() -> Callable[..., Any]:
 
 
 def torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, by torch (one fused kernel on CUDA)."""
-    return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    """x / rms(x) * weight over the last dimension: on CUDA torch's fused kernel, which keeps x and 1 / rms(x)
+    for backward; elsewhere torch has a composition that keeps two to four times as much, and ours runs.
+    """
+    if x.device.type == "cuda":
+        return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    return pointwise.rms_norm(x, weight, eps)
 
 
 def apex_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

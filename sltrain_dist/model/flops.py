@@ -18,7 +18,7 @@ recompute the scores in backward do 2 T H Dh more, which is not counted. The hea
 from dataclasses import dataclass
 from typing import Literal
 
-from sltrain_dist.config import MethodConfig, ModelConfig
+from sltrain_dist.config import Checkpointing, MethodConfig, ModelConfig
 
 Path = Literal["composed", "factorized", "needed"]
 
@@ -68,7 +68,7 @@ def flops_per_token(
     *,
     tokens: int,
     path: Path = "composed",
-    checkpointing: Literal["none", "block"] = "none",
+    checkpointing: Checkpointing = "none",
 ) -> Flops:
     """What the machine does per token, at physical (padded) widths, recomputation included.
 
@@ -76,7 +76,7 @@ def flops_per_token(
         sequence_length: tokens per sample.
         tokens: tokens per pass of one rank (batch size times sequence length).
         path: how sltrain linears are computed.
-        checkpointing: "block" runs the forward of all blocks a second time in backward.
+        checkpointing: "block" runs the forward of all blocks a second time in backward; "selective" no product.
     """
     width = config.padded_intermediate_size
     blocks = _block_flops(config, method, width, sequence_length, path, tokens).times(

@@ -12,24 +12,27 @@ Shapes: B batch, T tokens, D model width, F MLP width (padded), H heads, K key/v
 Dh width of a head, V vocabulary, P padded vocabulary.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from sltrain_dist.config import MethodConfig, ModelConfig
+from sltrain_dist.config import Checkpointing, MethodConfig, ModelConfig
 from sltrain_dist.model.backends import ATTENTION, NORM, AttentionFunction, NormFunction
 from sltrain_dist.model.cache import KeyValueCache, LayerCache
+from sltrain_dist.model.offload import HostStore
+from sltrain_dist.model.recompute import forget
 from sltrain_dist.model.rope import cos_sin, rotate, same_angles, validate_rope
 from sltrain_dist.ops.cross_entropy import linear_cross_entropy
+from sltrain_dist.ops.pointwise import swiglu
 from sltrain_dist.parallel.vocabulary import ParallelVocabulary
 from sltrain_dist.params import ParameterSpec, constant_spec, make_linear, matrix_spec
 
-Checkpointing = Literal["none", "block"]
 # (full name, out, in, parallel=, bias=, logical_out=, logical_in=) -> module: ``make_linear`` with
 # the method, spread, device and dtype of the model filled in
 LinearFactory = Callable[..., nn.Module]
@@ -134,6 +137,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). Padded columns of F stay exactly zero: silu(0) * 0."""
 
+    selective = False  # forget the product between forward and backward
+
     def __init__(self, name: str, config: ModelConfig, linear: LinearFactory) -> None:
         super().__init__()
         hidden, bias = config.hidden_size, config.mlp_bias
@@ -147,7 +152,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = swiglu(gate, up)
+        out: Tensor = self.down_proj(product)
+        if self.selective:
+            forget(product, partial(swiglu, gate, up), until=out)
         return out
 
 
@@ -155,6 +164,7 @@ class Block(nn.Module):
     """One decoder layer; the unit that FSDP2 shards and activation checkpointing recomputes.
 
     ``name`` is its place in the parameter tree: it keys supports and initial values.
+    selective: forget what is cheap to compute between forward and backward (model.recompute).
     """
 
     def __init__(
@@ -164,10 +174,12 @@ class Block(nn.Module):
         linear: LinearFactory,
         attention: AttentionFunction,
         norm: Callable[[], RMSNorm],
+        selective: bool = False,
     ) -> None:
         super().__init__()
         self.self_attn = Attention(f"{name}.self_attn", config, linear, attention)
         self.mlp = MLP(f"{name}.mlp", config, linear)
+        self.selective = self.mlp.selective = selective
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
 
@@ -175,9 +187,16 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
         """x [B, T, D], cos and sin [T, 1, Dh] -> [B, T, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        normal = self.input_layernorm(x)
+        mixed = self.self_attn(normal, cos, sin, cache)
+        if self.selective:
+            forget(normal, partial(self.input_layernorm, x), until=mixed)
+        x = x + mixed
+        normal = self.post_attention_layernorm(x)
+        out: Tensor = self.mlp(normal)
+        if self.selective:
+            forget(normal, partial(self.post_attention_layernorm, x), until=out)
+        return x + out
 
 
 class Decoder(nn.Module):
@@ -190,12 +209,14 @@ class Decoder(nn.Module):
         attention: AttentionFunction,
         norm_function: NormFunction,
         checkpointing: Checkpointing,
+        offload: bool,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.config = config
         self.checkpointing = checkpointing
+        self.offload = offload
         norm = partial(
             RMSNorm, config.hidden_size, config.rms_norm_eps, norm_function, device, dtype
         )
@@ -208,7 +229,14 @@ class Decoder(nn.Module):
         )
         self.embed_tokens = Embedding(config, device, dtype)
         self.layers = nn.ModuleList(
-            Block(f"model.layers.{index}", config, linear, attention, norm)
+            Block(
+                f"model.layers.{index}",
+                config,
+                linear,
+                attention,
+                norm,
+                checkpointing == "selective",
+            )
             for index in range(config.num_hidden_layers)
         )
         self.norm = norm()
@@ -227,17 +255,28 @@ class Decoder(nn.Module):
                 f"keys of {start} positions cannot serve {length}: the rope scaling changes"
             )
         cos, sin = cos_sin(self.config, length, tokens.device, x.dtype, start)
-        recompute = self.checkpointing == "block" and torch.is_grad_enabled()
-        for index, block in enumerate(self.layers):
-            # not a wrapper module: parameter names must not depend on checkpointing
-            if cache is not None:
-                x = block(x, cos, sin, cache.layers[index])
-            elif recompute:
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
-            else:
-                x = block(x, cos, sin)
+        if cache is not None:
+            for block, layer in zip(self.layers, cache.layers, strict=True):
+                x = block(x, cos, sin, layer)
+        else:
+            x = self._blocks(x, cos, sin)
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def _blocks(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """All blocks, and what of them is kept for backward; without wrapper modules, which would rename parameters."""
+        trained = torch.is_grad_enabled()
+        recompute = self.checkpointing == "block" and trained
+        store = HostStore(x.device) if self.offload and trained else None
+        for block in self.layers:
+            # recomputed blocks keep their input alone, and no parameters
+            kept = store.block(None if recompute else block) if store else contextlib.nullcontext()
+            with kept:
+                if recompute:
+                    x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                else:
+                    x = block(x, cos, sin)
+        return x
 
 
 class Llama(nn.Module):
@@ -248,7 +287,9 @@ class Llama(nn.Module):
         method: what the linears of attention and MLP are made of; embedding and head are dense.
         attention, norm: a key of ``backends.ATTENTION`` and ``backends.NORM`` ("auto" is resolved
             before, by ``resolve_attention`` and ``resolve_norm``: here the device may be meta).
-        checkpointing: "block" keeps only each block's input and recomputes the rest in backward.
+        checkpointing: "block" keeps only each block's input and recomputes the rest in backward;
+            "selective" recomputes what norms and SwiGLU gave, and no product.
+        offload: what blocks keep for backward waits in host memory (model.offload).
         device, dtype: of the (uninitialised) parameters.
 
     Raises:
@@ -263,18 +304,19 @@ class Llama(nn.Module):
         attention: str = "sdpa",
         norm: str = "torch",
         checkpointing: Checkpointing = "none",
+        offload: bool = False,
         device: torch.device | str = "meta",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         validate_rope(config)
-        if checkpointing not in ("none", "block"):
-            raise ValueError(f"checkpointing {checkpointing!r}: neither 'none' nor 'block'")
+        if checkpointing not in get_args(Checkpointing):
+            raise ValueError(f"checkpointing {checkpointing!r}: none of {get_args(Checkpointing)}")
         device = torch.device(device)
         self.config = config
         self.method = method
         self.model = Decoder(
-            config, method, ATTENTION[attention], NORM[norm], checkpointing, device, dtype
+            config, method, ATTENTION[attention], NORM[norm], checkpointing, offload, device, dtype
         )
         self.lm_head = Head(config, device, dtype)
         self.tie_weights()

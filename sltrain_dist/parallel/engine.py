@@ -7,7 +7,8 @@ offers the loop four verbs: call the module, `accumulate`, `step`, and the check
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from sltrain_dist.parallel.mesh import Mesh, gather_objects
 from sltrain_dist.params import Cut, ParameterSpec, partial_hash
 from sltrain_dist.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from sltrain_dist.parallel.quantised import Buffer
+
 MODEL = "model."  # prefix of weights in a state
 _SAMPLED_OFFSETS = 256  # of each layer's support, compared at start
 OPTIMIZER = "optimizer."  # prefix of optimizer state tensors: optimizer.<state>.<parameter>
@@ -28,6 +32,21 @@ class ModelFactory(Protocol):
     """Makes the model with uninitialised parameters of one floating dtype, usually on the meta device."""
 
     def __call__(self, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an engine hands to an optimizer: a plain tensor that this rank updates a part of, or all.
+
+    numel: elements of the whole parameter over all ranks, by which its treatment is decided.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    numel: int
+
+
+Group = dict[str, Any]  # a parameter group of a torch optimizer
 
 
 class OptimizerFactory(Protocol):
@@ -42,14 +61,20 @@ class OptimizerFactory(Protocol):
         """Raise UserError where the optimizer cannot work on shards (``sharded``) under ``description``."""
         ...
 
-    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    def build(self, trained: Sequence[Trained]) -> torch.optim.Optimizer:
         """The live optimizer over plain local tensors; the list may be empty on a rank."""
         ...
 
     def begin(
-        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], step: int
+        self,
+        optimizer: torch.optim.Optimizer,
+        updated: Iterable[tuple[nn.Parameter, Group]],
+        step: int,
     ) -> None:
-        """Create missing state tensors as zeros and set every step counter to ``step``."""
+        """Create missing state tensors as zeros and set every step counter to ``step``.
+
+        ``updated``: what the optimizer updates, each with the group that it is of; see `grouped`.
+        """
         ...
 
     def tensors(
@@ -58,16 +83,31 @@ class OptimizerFactory(Protocol):
         """The state tensors of a parameter that a checkpoint must hold, by name; no step counters."""
         ...
 
+    def moments(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter
+    ) -> dict[str, Tensor]:
+        """Of a parameter with 8-bit moments codes and scales, flat, as `quantised.Buffer.tensors` has them."""
+        ...
+
     def state_names(self, parameter_dim: int) -> tuple[str, ...]:
         """Names that ``tensors`` has for a parameter with so many dimensions."""
         ...
+
+    def bits(self, name: str, numel: int) -> int:
+        """8 or 32: how the moments of the parameter ``name`` of so many elements over all ranks are kept."""
+        ...
+
+
+def grouped(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, Group]]:
+    """Every parameter of an optimizer with its group."""
+    return [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class Engine(Protocol):
     """A distributed model with its optimizer.
 
     name: "fsdp" or "zero-<stage>". module: call ``module(tokens, labels)``.
-    optimizer: the live torch optimizer, for the summary and its check.
+    specs: of the module's parameters. optimizer: the live torch optimizer, for the summary and its check.
     copies_state: whether `state` gives copies in host memory, not the live tensors.
     """
 
@@ -75,7 +115,15 @@ class Engine(Protocol):
     copies_state: bool
     mesh: Mesh
     module: nn.Module
+    specs: dict[str, ParameterSpec]
     optimizer: torch.optim.Optimizer
+
+    def begin_update(self, lr: float) -> None:
+        """Say with which learning rate the next `step` will be, before the update's first micro-batch.
+
+        Needed where weights change inside the last backward pass (per-layer updates).
+        """
+        ...
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         """Run the backward pass of one micro-batch.
@@ -96,11 +144,15 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, DTensor]:
-        """What a checkpoint holds: "model.<parameter>" and "optimizer.<state>.<parameter>".
+        """What a checkpoint holds: "model.<parameter>", "optimizer.<state>.<parameter>", and `quantised` moments.
 
         Trainable parameters only, as `as_dtensor` cuts them, float32 masters where there are any. To be
         read, or to be loaded into and handed to `load_state`. Collective under ZeRO.
         """
+        ...
+
+    def buffers(self) -> "list[Buffer]":
+        """This rank's 8-bit moments, as they lie in memory."""
         ...
 
     def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:

@@ -4,16 +4,24 @@ Under tensor parallelism the model comes cut, in plain tensors, and each tensor-
 part over its data-parallel peers: FSDP2 sees one axis, or two for HSDP, and no product goes through
 DTensor's dispatch. The model is made on the meta device, sharded there, given memory for the local shards alone, and
 filled shard by shard from the parameters' specs. The optimizer sees plain local tensors that share
-memory with the shards, never DTensors, so any element-wise torch optimizer works.
+memory with the shards, never DTensors, so any element-wise torch optimizer works. Under --cpu_offload the
+shards, their gradients and the optimizer are in host memory, pinned where there is a GPU to copy from it.
 """
 
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from sltrain_dist.config import EngineConfig
@@ -21,15 +29,19 @@ from sltrain_dist.parallel.engine import (
     MODEL,
     ModelFactory,
     OptimizerFactory,
+    Trained,
     add_hashes,
     as_dtensor,
     check_support,
     chunk_bounds,
     clip_factor,
     count_bytes,
+    grouped,
     optimizer_key,
 )
 from sltrain_dist.parallel.mesh import Mesh, sum_over_all
+from sltrain_dist.parallel.per_layer import LayerUpdates
+from sltrain_dist.parallel.quantised import Buffer, Fragment, buffer_state, load_buffers
 from sltrain_dist.params import ParameterSpec, collect_specs
 
 
@@ -64,51 +76,109 @@ class FsdpEngine:
         model = model_factory(device="meta", dtype=torch.bfloat16 if pure else torch.float32)
         self.specs = collect_specs(model)
         check_support(mesh, self.specs, seed)
-        self.module: nn.Module = _shard(model, mesh, half)
-        self.sharded = _fill(self.module, self.specs, seed, mesh)
+        self.home = torch.device("cpu") if config.cpu_offload else mesh.device  # of the shards
+        pinned = mesh.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if config.cpu_offload else OffloadPolicy()
+        self.module: nn.Module = _shard(model, mesh, half, offload)
+        self.sharded = _fill(self.module, self.specs, seed, mesh, self.home)
         self.local = {
             name: nn.Parameter(parameter.to_local().detach())
             for name, parameter in self.sharded.items()
             if parameter.requires_grad
         }
         # Ranks beyond a small tensor's rows hold nothing of it; optimizers need not see that.
-        self._trained = [local for local in self.local.values() if local.numel()]
-        self.optimizer = optimizer_factory.build(self._trained)
-        optimizer_factory.begin(self.optimizer, self._trained, 0)
+        self.optimizer = optimizer_factory.build(
+            [
+                Trained(name, self._keyed(name, local), math.prod(self.specs[name].shape))
+                for name, local in self.local.items()
+                if local.numel()
+            ]
+        )
+        optimizer_factory.begin(self.optimizer, grouped(self.optimizer), 0)
         self._sums: dict[str, Tensor] = {}
         if pure and config.gradient_accumulation > 1 and not self.sync_last_only:
             self._accumulate_in_float32()
+        self._layers: LayerUpdates | None = None
+        if config.per_layer:
+            lagged = optimizer_factory.config.per_layer_clip == "lagged"
+            units = _units(self.module, list(self.local))
+            self._layers = LayerUpdates(mesh, units, self.sharded, self._update, lagged)
+
+    def begin_update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
+        if self._layers is not None and not self._layers.admit(loss, last):
+            return
         if self.sync_last_only:
             assert isinstance(self.module, FSDPModule)
             self.module.set_requires_gradient_sync(last)
         loss.backward()
 
     def step(self, lr: float) -> float:
-        gradients = self._gradients()
+        self.begin_update(lr)
+        norm = self._update(self.local) if self._layers is None else self._layers.finish()
+        if math.isfinite(norm):
+            self.updates += 1
+        self._forget(self.sharded)  # what an update left that ended before its last micro-batch
+        return norm
+
+    def _update(self, names: Iterable[str], norm_before: float | None = None) -> float:
+        """Clip and update these parameters; returns their norm, not finite where they were left alone.
+
+        norm_before: what they are clipped by instead of their own norm.
+        """
+        gradients = {name: self._gradient(name) for name in names}
         norm = self._global_norm(gradients)
         if math.isfinite(value := norm.item()):
             if self.clip > 0:
-                torch._foreach_mul_(list(gradients.values()), clip_factor(norm, self.clip))
-            for name, local in self.local.items():
-                local.grad = gradients[name].to(local.dtype)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                limiting = norm if norm_before is None else norm.new_tensor(norm_before)
+                torch._foreach_mul_(list(gradients.values()), clip_factor(limiting, self.clip))
+            for name, gradient in gradients.items():
+                self.local[name].grad = gradient.to(self.local[name].dtype)
             self.optimizer.step()
-            self.updates += 1
-        for local in self.local.values():
-            local.grad = None
-        for sharded in self.sharded.values():
-            sharded.grad = None
-        self._sums.clear()
+        elif self._layers is not None:  # the other blocks' counters go on, and a checkpoint has one
+            for name in names:
+                state = self.optimizer.state.get(self.local[name], {})
+                if "step" in state:
+                    state["step"] = state["step"] + 1
+        self._forget(names)
         return value
 
+    def _forget(self, names: Iterable[str]) -> None:
+        """Drop the gradients of these parameters."""
+        for name in names:
+            self.sharded[name].grad = None
+            self._sums.pop(name, None)
+            if name in self.local:
+                self.local[name].grad = None
+
     def state(self) -> dict[str, DTensor]:
+        return self._plain_state() | buffer_state(self.mesh, self.buffers())
+
+    def buffers(self) -> list[Buffer]:
+        buffers = []
+        for name, local in self.local.items():
+            if self._bits(name) == 8:
+                start, stop = _local_range(self.specs[name], self.mesh)
+                largest = chunk_bounds(self.specs[name].local_shape[0], self.mesh.shard_size, 0)[1]
+                numel = largest * math.prod(self.specs[name].local_shape[1:])
+                fragments = (Fragment(name, start, stop - start, 0),) if local.numel() else ()
+                tensors = self.factory.moments(self.optimizer, local)
+                buffers.append(Buffer(name, tensors, numel, fragments))
+        return buffers
+
+    def _bits(self, name: str) -> int:
+        return self.factory.bits(name, math.prod(self.specs[name].shape))
+
+    def _plain_state(self) -> dict[str, DTensor]:
         state = {}
         for name, local in self.local.items():
             shape, cut = torch.Size(self.specs[name].shape), self.specs[name].cut
             state[MODEL + name] = as_dtensor(self.mesh, local.detach(), shape, cut)
+            if self._bits(name) == 8:
+                continue
             for key, tensor in self._optimizer_tensors(local).items():
                 whole = shape if tensor.shape == local.shape else tensor.shape
                 state[optimizer_key(key, name)] = as_dtensor(self.mesh, tensor, whole, cut)
@@ -117,9 +187,13 @@ class FsdpEngine:
     def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:
         assert isinstance(self.module, FSDPModule)
         self.updates = int(scalars["updates"])
-        self.factory.begin(self.optimizer, self._trained, int(scalars["optimizer_steps"]))
-        own = self.state()
-        assert state.keys() == own.keys(), state.keys() ^ own.keys()
+        if self._layers is not None:
+            self._layers.load(scalars)
+        updated = grouped(self.optimizer)
+        self.factory.begin(self.optimizer, updated, int(scalars["optimizer_steps"]))
+        own = self._plain_state()
+        quantised = load_buffers(self.mesh, self.buffers(), state)
+        assert state.keys() == own.keys() | quantised, state.keys() ^ (own.keys() | quantised)
         for name, tensor in own.items():
             source = state[name].to_local()
             if source.data_ptr() != tensor.to_local().data_ptr():
@@ -130,7 +204,8 @@ class FsdpEngine:
                 module.reshard()
 
     def scalars(self) -> dict[str, Any]:
-        return {"updates": self.updates, "optimizer_steps": self.updates}
+        layers = {} if self._layers is None else self._layers.scalars()
+        return {"updates": self.updates, "optimizer_steps": self.updates} | layers
 
     def held_bytes(self) -> dict[str, int]:
         shards = ((p.to_local(), p.requires_grad) for p in self.sharded.values())
@@ -149,21 +224,22 @@ class FsdpEngine:
             return self.factory.tensors(self.optimizer, local)
         return {name: local.detach().clone() for name in self.factory.state_names(local.dim())}
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """The summed gradient of every local shard; zeros where no loss reached the parameter."""
-        gradients = {}
-        for name, local in self.local.items():
-            grad = self.sharded[name].grad
-            if name in self._sums:
-                gradients[name] = self._sums[name]
-            elif isinstance(grad, DTensor):
-                gradients[name] = grad.to_local()
-            else:
-                gradients[name] = torch.zeros_like(local)
-        return gradients
+    def _gradient(self, name: str) -> Tensor:
+        """The summed gradient of the local shard; zeros where no loss reached the parameter."""
+        if name in self._sums:
+            return self._sums[name]
+        grad = self.sharded[name].grad
+        return grad.to_local() if isinstance(grad, DTensor) else torch.zeros_like(self.local[name])
+
+    def _keyed(self, name: str, local: nn.Parameter) -> nn.Parameter:
+        """The parameter with what stochastic rounding draws its numbers from: replicas draw the same."""
+        place = 0 if self.specs[name].cut is None else self.mesh.tp_rank
+        position = place * self.mesh.shard_size + self.mesh.shard_rank
+        local.rounding_key = f"{name} {position}"  # type: ignore[attr-defined]
+        return local
 
     def _global_norm(self, gradients: dict[str, Tensor]) -> Tensor:
-        """L2 norm over all shards of all ranks, float32 scalar; squares are added in float64.
+        """L2 norm over all shards of all ranks, float32 scalar where the shards are; squares are added in float64.
 
         What tensor-parallel ranks hold in common counts on the first of them.
         """
@@ -172,11 +248,11 @@ class FsdpEngine:
             for name, gradient in gradients.items()
             if gradient.numel() and (self.specs[name].cut is not None or self.mesh.tp_rank == 0)
         ]
-        squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        squares = torch.zeros((), dtype=torch.float64, device=self.home)
         if norms:
             squares = torch.stack(norms).double().square_().sum()
-        total = sum_over_all(self.mesh, squares) / self.mesh.replicate_size
-        return total.sqrt().float()
+        total = sum_over_all(self.mesh, squares.to(self.mesh.device)) / self.mesh.replicate_size
+        return total.sqrt().float().to(self.home)
 
     def _accumulate_in_float32(self) -> None:
         """Move each reduced bfloat16 gradient into a float32 sum as soon as FSDP2 has written it."""
@@ -185,6 +261,8 @@ class FsdpEngine:
             def move(parameter: Tensor, name: str = name) -> None:
                 grad = parameter.grad
                 assert isinstance(grad, DTensor)
+                if self.home != self.mesh.device and self.mesh.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()  # it may be on its way to the host
                 reduced = grad.to_local().float()
                 self._sums[name] = self._sums[name].add_(reduced) if name in self._sums else reduced
                 parameter.grad = None
@@ -192,18 +270,19 @@ class FsdpEngine:
             self.sharded[name].register_post_accumulate_grad_hook(move)
 
 
-def _shard(model: nn.Module, mesh: Mesh, half: bool) -> nn.Module:
+def _shard(model: nn.Module, mesh: Mesh, half: bool, offload: OffloadPolicy) -> nn.Module:
     """Apply fully_shard to each block and the root, with gradients summed instead of averaged."""
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,
-        reduce_dtype=torch.float32 if half else None,
+        # one rank adds nothing up, and a float32 copy of a block's gradients is large
+        reduce_dtype=torch.float32 if half and mesh.dp_size > 1 else None,
         cast_forward_inputs=False,
     )
     # Compiled blocks return views; nothing here writes into a block's output in place.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     blocks = getattr(model, "blocks", ())
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh.data_mesh, mp_policy=policy)
+    for module in (*blocks, *_vocabulary(model), model):
+        fully_shard(module, mesh=mesh.data_mesh, mp_policy=policy, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -211,6 +290,22 @@ def _shard(model: nn.Module, mesh: Mesh, half: bool) -> nn.Module:
             module.set_force_sum_reduction_for_comms(True)
             _leave_integers_uncast(module)
     return model
+
+
+def _vocabulary(model: nn.Module) -> list[nn.Module]:
+    """Embedding and head, by far the largest layers: groups of their own, where they are not one tensor."""
+    found = [m for name, m in model.named_modules() if name in ("model.embed_tokens", "lm_head")]
+    return found if len({id(module.weight) for module in found}) == len(found) else []
+
+
+def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
+    """Names of parameters by the FSDP group that reduces them."""
+    groups = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    units: dict[str, list[str]] = {}
+    for name in names:
+        inside = [group for group in groups if not group or name.startswith(group + ".")]
+        units.setdefault(max(inside, key=len), []).append(name)
+    return list(units.values())
 
 
 def _leave_integers_uncast(module: FSDPModule) -> None:
@@ -237,18 +332,15 @@ def _local_range(spec: ParameterSpec, mesh: Mesh) -> tuple[int, int]:
 
 @torch.no_grad()
 def _fill(
-    model: nn.Module, specs: dict[str, ParameterSpec], seed: int, mesh: Mesh
+    model: nn.Module, specs: dict[str, ParameterSpec], seed: int, mesh: Mesh, home: torch.device
 ) -> dict[str, DTensor]:
     """Give the sharded model memory and write this rank's part of every parameter; return them by name."""
-    _to_real(model, mesh.device)
+    _to_real(model, home)
     sharded: dict[str, DTensor] = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         spec = specs[name]
-        start, stop = _local_range(spec, mesh)
-        local = parameter.to_local()
-        if local.numel():
-            local.copy_(spec.flat(seed, name, start, stop, mesh.device).view(local.shape))
+        spec.fill(parameter.to_local(), seed, name, _local_range(spec, mesh)[0])
         sharded[name] = parameter
     return sharded
 

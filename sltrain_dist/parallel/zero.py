@@ -24,6 +24,7 @@ from sltrain_dist.parallel.engine import (
     MODEL,
     ModelFactory,
     OptimizerFactory,
+    Trained,
     add_hashes,
     as_dtensor,
     check_support,
@@ -34,6 +35,7 @@ from sltrain_dist.parallel.engine import (
     optimizer_key,
 )
 from sltrain_dist.parallel.mesh import Mesh, sum_over_all
+from sltrain_dist.parallel.quantised import Buffer, buffer_state, load_buffers
 from sltrain_dist.parallel.zero_layout import Flat, held_weights, layout_of
 from sltrain_dist.params import collect_specs
 from sltrain_dist.utils.errors import UserError
@@ -104,7 +106,9 @@ class ZeroEngine:
         self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self._fill()
         self.support_hash()  # compares replicas, before DeepSpeed's broadcast hides a difference
-        built = optimizer_factory.build(list(self.trained.values()))
+        built = optimizer_factory.build(
+            [Trained(name, p, self._numel(name)) for name, p in self.trained.items()]
+        )
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory reports past its logger
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -119,6 +123,9 @@ class ZeroEngine:
         self._begin(0)
         if self.half and config.master_weights:
             self._fill_masters()
+
+    def begin_update(self, lr: float) -> None:
+        pass
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -149,12 +156,26 @@ class ZeroEngine:
             own = full[start:stop].to("cpu", copy=True)
             shape = spec.shape if full.shape == spec.local_shape else full.shape
             state[label] = as_dtensor(self.mesh, own, torch.Size(shape), spec.cut)
-        return state
+        return state | buffer_state(self.mesh, self.buffers())
+
+    def buffers(self) -> list[Buffer]:
+        held = self.layout.fragments_of(self.trained)
+        buffers = []
+        for number, (updated, group) in enumerate(self.layout.updated()):
+            if group["bits"] == 8:
+                tensors = self.factory.moments(self.optimizer, updated)
+                fragments = tuple(held.get(number, ()))
+                shared = self.stage == 0
+                buffers.append(Buffer(str(number), tensors, updated.numel(), fragments, shared))
+        return buffers
+
+    def _numel(self, name: str) -> int:
+        return math.prod(self.specs[name].shape)
 
     def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:
         self.updates = int(scalars["updates"])
         self._begin(int(scalars["optimizer_steps"]))
-        labels = set()
+        labels = load_buffers(self.mesh, self.buffers(), state)
         for label, _, parameter, key in self._entries():
             labels.add(label)
             full = held_part(state[label]).to(self.mesh.device)
@@ -182,6 +203,8 @@ class ZeroEngine:
         """(name in a state, its own name, parameter, optimizer state or None: the weight) of all a checkpoint holds."""
         for name, parameter in self.trained.items():
             yield MODEL + name, name, parameter, None
+            if self.factory.bits(name, self._numel(name)) == 8:
+                continue
             for key in self.factory.state_names(len(self.specs[name].shape)):
                 yield optimizer_key(key, name), name, parameter, key
 
@@ -212,23 +235,22 @@ class ZeroEngine:
         """Write initial values: of whole parameters, under stage 3 of the slices this rank holds."""
         for name, parameter in self.parameters.items():
             held, start = held_weights(parameter)
-            held.copy_(self._initial(name, held, start))
+            self._initial(name, held, start)
 
     @torch.no_grad()
     def _fill_masters(self) -> None:
         """Start float32 masters from the float32 initial values, not from their bfloat16 rounding."""
         for name, parameter in self.trained.items():
             for start, master in self.layout.fragments(parameter):
-                master.copy_(self._initial(name, master, start))
+                self._initial(name, master, start)
 
-    def _initial(self, name: str, like: Tensor, start: int) -> Tensor:
-        """Initial values of the flat elements from ``start`` on, shaped as ``like``; zeros past the end."""
+    def _initial(self, name: str, held: Tensor, start: int) -> None:
+        """Write initial values of the flat elements from ``start`` on into ``held``; zeros past the end."""
         spec = self.specs[name]
-        stop = min(start + like.numel(), math.prod(spec.local_shape))
-        values = torch.zeros(like.numel(), dtype=like.dtype, device=like.device)
-        if start < stop:
-            values[: stop - start] = spec.flat(self.seed, name, start, stop, self.mesh.device)
-        return values.view(like.shape)
+        real = max(0, min(held.numel(), math.prod(spec.local_shape) - start))
+        flat = held.view(-1)
+        flat[real:] = 0
+        spec.fill(flat[:real], self.seed, name, start)
 
     def _own_hash(self) -> int:
         """Hash of the offsets this rank holds: of all, or of its slices under stage 3."""

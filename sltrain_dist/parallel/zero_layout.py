@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sltrain_dist.parallel.engine import OptimizerFactory
+from sltrain_dist.parallel.engine import Group, OptimizerFactory, grouped
+from sltrain_dist.parallel.quantised import Fragment
 
 
 def held_weights(parameter: nn.Parameter) -> tuple[Tensor, int]:
@@ -28,8 +29,12 @@ def held_weights(parameter: nn.Parameter) -> tuple[Tensor, int]:
 class Layout(Protocol):
     """How to reach the masters and the optimizer state of one DeepSpeed engine."""
 
-    def updated(self) -> list[nn.Parameter]:
-        """The tensors the live optimizer updates on this rank."""
+    def updated(self) -> list[tuple[nn.Parameter, Group]]:
+        """The tensors the live optimizer updates on this rank, each with the group it is of."""
+        ...
+
+    def fragments_of(self, trained: dict[str, nn.Parameter]) -> dict[int, list[Fragment]]:
+        """What this rank's updated tensors hold of the parameters, by their number in `updated`."""
         ...
 
     def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
@@ -64,8 +69,15 @@ class Whole:
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
         return self.masters.get(id(parameter), parameter)
 
-    def updated(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def updated(self) -> list[tuple[nn.Parameter, Group]]:
+        return grouped(self.optimizer)
+
+    def fragments_of(self, trained: dict[str, nn.Parameter]) -> dict[int, list[Fragment]]:
+        numbers = {id(master): number for number, (master, _) in enumerate(self.updated())}
+        return {
+            numbers[id(self._master(parameter))]: [Fragment(name, 0, parameter.numel(), 0)]
+            for name, parameter in trained.items()
+        }
 
     def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
         yield 0, self._master(parameter).data
@@ -89,8 +101,18 @@ class Flat:
     def __init__(self, engine: Any) -> None:
         self.wrapper = engine.optimizer
 
-    def updated(self) -> list[nn.Parameter]:
-        return [p for group in self.wrapper.param_groups for p in group["params"]]
+    def updated(self) -> list[tuple[nn.Parameter, Group]]:
+        return grouped(self.wrapper)
+
+    def fragments_of(self, trained: dict[str, nn.Parameter]) -> dict[int, list[Fragment]]:
+        found: dict[int, list[Fragment]] = {}
+        for name, parameter in trained.items():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
+                fragment = Fragment(name, source.start, source.numel, target.start)
+                found.setdefault(mapping.param_group_index, []).append(fragment)
+        return found
 
     def link(self) -> None:
         """Let parameters find their pieces of the optimizer state, which exists from the start here."""
@@ -118,8 +140,23 @@ class Partitioned:
     def __init__(self, engine: Any) -> None:
         self.wrapper = engine.optimizer
 
-    def updated(self) -> list[nn.Parameter]:
-        return list(self.wrapper.fp32_partitioned_groups_flat)
+    def updated(self) -> list[tuple[nn.Parameter, Group]]:
+        groups, number = self.wrapper.optimizer.param_groups, self.wrapper.sub_group_to_group_id
+        return [
+            (flat, groups[number[index]])
+            for index, flat in enumerate(self.wrapper.fp32_partitioned_groups_flat)
+        ]
+
+    def fragments_of(self, trained: dict[str, nn.Parameter]) -> dict[int, list[Fragment]]:
+        found: dict[int, list[Fragment]] = {}
+        for name, parameter in trained.items():
+            key = self.wrapper.get_param_id(parameter)
+            group, offset, length = self.wrapper.grad_position[key]
+            start = held_weights(parameter)[1]
+            real = max(0, min(length, int(parameter.ds_numel) - start))  # type: ignore[attr-defined]
+            if real:
+                found.setdefault(group, []).append(Fragment(name, start, real, int(offset)))
+        return found
 
     def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
         _, start = held_weights(parameter)

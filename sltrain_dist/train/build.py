@@ -151,6 +151,7 @@ def make_model(
 
         model: Any = HFLlama(config.model, config.method, **options)
     else:
+        options["offload"] = config.offload_activations
         model = Llama(config.model, config.method, attention=attention, norm=norm, **options)
     if tp is not None:
         parallelize(model, tp)

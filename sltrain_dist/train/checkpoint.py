@@ -18,10 +18,12 @@ from sltrain_dist.ops.linear import PATHS
 from sltrain_dist.ops.linear import Path as LinearPath
 from sltrain_dist.parallel.engine import MODEL, Engine
 from sltrain_dist.parallel.mesh import Mesh
+from sltrain_dist.parallel.quantised import QUANTISED, buffer_state
 from sltrain_dist.params import paths
 from sltrain_dist.train.checkpoint_find import Found, find, verify
 from sltrain_dist.train.checkpoint_folder import STATE
 from sltrain_dist.train.checkpoint_identity import changes, check_identity
+from sltrain_dist.train.checkpoint_quantised import encode_anew, same_pieces
 from sltrain_dist.train.checkpoint_tensors import describe, read_tensors, restore_random_state
 from sltrain_dist.train.checkpoint_write import FORMAT, Progress, Saved, hexadecimal, stage, store
 from sltrain_dist.utils.errors import UserError
@@ -80,7 +82,14 @@ def load(folder: Path, engine: Engine, config: TrainConfig) -> Resumed:
         messages.append("the checkpoint holds weights only: the optimizer's moments start at zero")
     messages += check_identity(document, describe(stored), support_hash, config, folder)
     messages += changes(document, config, paths.assigned(engine.module))
+    anew = not document.get("weights_only") and not same_pieces(folder, engine, document)
+    if anew:
+        stored = {name: t for name, t in stored.items() if not name.startswith(QUANTISED)}
     read_tensors(folder, stored)
+    if anew:
+        encode_anew(folder, engine)
+        state |= buffer_state(engine.mesh, engine.buffers())
+        messages.append("8-bit moments were decoded and encoded anew for these ranks")
     engine.load_state(state, document["scalars"])
     exact = not messages
     if (layout := _other_layout(document, engine.name, engine.mesh, config)) is None:

@@ -125,6 +125,13 @@ def _check_optimizer(document: dict[str, Any], config: TrainConfig, folder: Path
             f"of another optimizer: trained with --optimizer {saved}, this run has --optimizer {here}",
             f"give --optimizer {saved}, or another --save_dir for a new run",
         )
+    bits = document["config"]["optimizer"].get("embedding_state_bits", 32)
+    if "8bit" in here and bits != config.optimizer.embedding_state_bits:
+        raise _refuse(
+            folder,
+            f"trained with --embedding_state_bits {bits}, this run has {config.optimizer.embedding_state_bits}",
+            f"give --embedding_state_bits {bits}, or another --save_dir for a new run",
+        )
 
 
 def _check_data(document: dict[str, Any], config: TrainConfig, folder: Path) -> None:

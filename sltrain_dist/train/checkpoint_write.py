@@ -41,6 +41,7 @@ from sltrain_dist.train.checkpoint_folder import (
     write_json,
     write_manifest,
 )
+from sltrain_dist.train.checkpoint_quantised import pieces_file, pieces_of
 from sltrain_dist.train.checkpoint_tensors import (
     SaveError,
     describe,
@@ -87,6 +88,7 @@ class Staged:
     tensors: dict[str, DTensor]
     document: dict[str, Any]
     random: dict[str, Any]
+    pieces: dict[str, Any] | None = None  # of 8-bit moments
 
     @property
     def step(self) -> int:
@@ -127,7 +129,8 @@ def stage(engine: Engine, progress: Progress, config: TrainConfig) -> Staged:
         "tensors": describe(tensors),
     }
     # Through JSON here, where all ranks do it: what cannot be saved must not fail on rank 0 alone.
-    return Staged(tensors, json.loads(json.dumps(document)), random_state())
+    document = json.loads(json.dumps(document))
+    return Staged(tensors, document, random_state(), pieces_of(engine))
 
 
 def _together(mesh: Mesh, action: Callable[[], T], group: ProcessGroup | None) -> list[T]:
@@ -172,6 +175,9 @@ def write(
         random_path = folder / f"rng-{mesh.rank:05d}.json"
         write_json(random_path, staged.random, indent=None)
         own = [*own_tensor_files(folder, mesh.rank), random_path]
+        if staged.pieces is not None:
+            own.append(pieces_file(folder, mesh.rank))
+            write_json(own[-1], staged.pieces, indent=None)
         if mesh.is_first:
             write_json(folder / STATE, staged.document)
             own.append(folder / STATE)

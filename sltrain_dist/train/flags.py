@@ -74,7 +74,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("cache_dir", "where tokenizers and token indices are kept", "~/.cache/sltrain_dist"),
     ),
     "optimization": (
-        Flag("optimizer", "adamw, adam, sgd, adafactor; apex_adamw, apex_adam where apex is installed", "adamw"),
+        Flag("optimizer", "adamw, adam, sgd, adafactor; adamw8bit, adam8bit: moments of one byte; apex_adamw, apex_adam where apex is "
+             "installed; NAME_per_layer: --per_layer", "adamw"),
+        Flag("embedding_state_bits", "of the moments of embedding and head, with 8-bit optimizers", 32, int),
+        Flag("per_layer", "fsdp: update every block as soon as its gradient is there, so that no other gradients exist", False, None),
+        Flag("per_layer_clip", "what --grad_clipping does per layer: nothing (error), by a block's own norm, or by the norm of the update before; "
+             "derived: error, block where a recipe clips", choices=("error", "block", "lagged")),
         Flag("lr", "peak learning rate", 3e-3, float),
         Flag("scheduler", "shape of the learning rate", "cosine", choices=("linear", "cosine", "cosine_restarts")),
         Flag("cycle_length", "updates per cycle of cosine_restarts", kind=int),
@@ -119,9 +124,14 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("replicate", "fsdp: copies of the model kept beside each other, each sharded over the other ranks (HSDP)", 1, int),
         Flag("shard", "fsdp: ranks a copy is sharded over; derived: data-parallel ranks / --replicate", kind=int),
         Flag("dtype", "number format of compute; derived: bfloat16 on CUDA, else float32"),
-        Flag("master_weights", "fp32 weights beside bfloat16 compute, or none (with the reference's flags and fsdp: none)", "fp32", choices=("fp32", "none")),
+        Flag("master_weights", "fp32 weights beside bfloat16 compute, or none, rounding to nearest or stochastically (with the reference's flags, "
+             "per layer and fsdp: none)", choices=("fp32", "none", "stochastic")),
         Flag("grad_sync", "fsdp: reduce gradients each micro-batch, or once an update", "each", choices=("each", "last")),
-        Flag("activation_checkpointing", "recompute each block in backward", "none", choices=("none", "block"), const="block"),
+        Flag("activation_checkpointing", "in backward compute each block again, or what its norms and SwiGLU gave (no products)",
+             "none", choices=("none", "block", "selective"), const="block"),
+        Flag("offload_activations", "what blocks keep for backward waits in pinned host memory (on a CPU it is there anyway)", False, None),
+        Flag("cpu_offload", "fsdp: shards, gradients and optimizer in host memory, where updates are computed; zero: see ds_configs/zero3_offload.json",
+             False, None),
         Flag("single_gpu", "refuse to run on more than one rank", False, None),
         Flag("timeout", "seconds that a collective may take", 600.0, float),
         Flag("local_rank", argparse.SUPPRESS, kind=int),

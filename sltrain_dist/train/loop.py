@@ -85,6 +85,7 @@ def update(run: Run, micro_batches: list[Batch], lr: float) -> tuple[float, int,
         weights = (counts.clamp(min=1) * len(micro_batches) * mesh.dp_size).to(mesh.device)
     else:
         weights = valid.clamp(min=1).expand(len(micro_batches))
+    engine.begin_update(lr)
     total: Tensor = torch.zeros((), device=mesh.device)
     for number, (tokens, labels) in enumerate(on_device(micro_batches, mesh.device)):
         share = engine.module(tokens, labels) / weights[number]

@@ -40,6 +40,7 @@ POSITIVE = ("rank", "block_size", "max_length", "batch_size", "total_batch_size"
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "grad_clipping", "save_every", "eval_every",
                 "keep_last", "workers", "lora_dropout", "beta1", "min_lr_ratio")  # fmt: skip
 BELOW_ONE = ("lora_dropout", "beta1")
+PER_LAYER = "_per_layer"  # ending of an optimizer's name
 
 
 def resolve(arguments: Sequence[str], world_size: int) -> TrainConfig:
@@ -62,9 +63,10 @@ def resolve(arguments: Sequence[str], world_size: int) -> TrainConfig:
     if reference:
         settings |= _reference_data(given)
         if given.get("engine") == "zero" or ds_config is not None:
-            settings["master_weights"] = FLAGS["master_weights"].default
+            settings["master_weights"] = None
         settings["workers"] = min(settings["workers"], os.cpu_count() or 1)
     settings |= _from_ds_config(ds_config) | given
+    _finish_optimizer(settings, given)
     _check_ranges(settings)
     dp_size = finish_axes(settings, world_size)
     finish_batches(settings, given, dp_size)
@@ -160,6 +162,47 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         raise UserError(f"--sp_ratio {settings['sp_ratio']}: the density must lie in (0, 1)")
 
 
+def _finish_optimizer(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """NAME_per_layer is NAME with --per_layer, and what follows from that."""
+    name = settings["optimizer"].lower()
+    settings["optimizer"] = name.removesuffix(PER_LAYER)
+    settings["per_layer"] = settings["per_layer"] or name.endswith(PER_LAYER)
+    if settings["embedding_state_bits"] not in (8, 32):
+        raise UserError(f"--embedding_state_bits {settings['embedding_state_bits']}: 8 or 32")
+    if not settings["per_layer"]:
+        if settings["per_layer_clip"] is not None:
+            raise UserError(
+                f"--per_layer_clip {settings['per_layer_clip']}: is for --per_layer; leave it out, or add that"
+            )
+        settings["master_weights"] = settings["master_weights"] or "fp32"
+        return
+    settings["master_weights"] = settings["master_weights"] or "none"
+    clips, what = settings["grad_clipping"], settings["per_layer_clip"]
+    settings["per_layer_clip"] = what or ("error" if "grad_clipping" in given else "block")
+    if clips and settings["per_layer_clip"] == "error":
+        raise UserError(
+            f"--grad_clipping {clips:g}: the global norm is not known when the first block is updated; give --per_layer_clip block "
+            "or lagged, or --grad_clipping 0"
+        )
+
+
+def _check_per_layer(settings: dict[str, Any], engine: EngineConfig) -> None:
+    """Refuse what cannot be done inside backward."""
+    asked = f"--optimizer {settings['optimizer']}{PER_LAYER}"
+    if engine.engine == "zero":
+        raise UserError(
+            f"{asked}: DeepSpeed steps after backward; take FSDP2: --engine fsdp without --ds_config, or --optimizer {settings['optimizer']}"
+        )
+    if settings["optimizer"].startswith("apex_"):
+        raise UserError(
+            f"{asked}: apex counts updates of all layers together; use --optimizer {settings['optimizer'].removeprefix('apex_')}{PER_LAYER}"
+        )
+    if engine.grad_sync == "last":
+        raise UserError(
+            f"--grad_sync last: keeps whole gradients of all layers until the end, {asked} is there to avoid that; leave one out"
+        )
+
+
 def _finish_steps(settings: dict[str, Any], given: dict[str, Any], model: ModelConfig) -> None:
     """Updates from tokens, warm-up from updates, and the two against each other."""
     if settings["max_train_tokens"] is not None:
@@ -223,7 +266,24 @@ def _engine(settings: dict[str, Any], ds_config: dict[str, Any] | None) -> Engin
             f"--replicate {settings['replicate']}: is for --engine fsdp; a DeepSpeed JSON has"
             ' "zero_optimization.zero_hpz_partition_size"'
         )
+    if engine == "zero" and settings["cpu_offload"]:
+        raise UserError(
+            '--cpu_offload: is for --engine fsdp; a DeepSpeed JSON has "zero_optimization.offload_optimizer" and'
+            ' "zero_optimization.offload_param", as in ds_configs/zero3_offload.json'
+        )
+    if settings["cpu_offload"] and settings["optimizer"].startswith("apex_"):
+        plain = settings["optimizer"].removeprefix("apex_")
+        raise UserError(
+            f"--cpu_offload: updates run on the host, --optimizer {settings['optimizer']} on a GPU; take --optimizer {plain}"
+        )
     dtype = _dtype(settings)
+    if settings["master_weights"] == "stochastic" and (engine == "zero" or dtype == "float32"):
+        other = (
+            "--engine zero steps on float32" if engine == "zero" else "--dtype float32 rounds no"
+        )
+        raise UserError(
+            f"--master_weights stochastic: {other} weights; take --engine fsdp with --dtype bfloat16, or fp32"
+        )
     stage = stage_of(ds_config) if ds_config is not None else 0
     return EngineConfig(
         engine=engine,
@@ -234,7 +294,9 @@ def _engine(settings: dict[str, Any], ds_config: dict[str, Any] | None) -> Engin
         grad_sync=settings["grad_sync"],
         tensor_parallel=settings["tensor_parallel"],
         sequence_parallel=settings["sequence_parallel"],
+        per_layer=settings["per_layer"],
         replicate=settings["replicate"],
+        cpu_offload=settings["cpu_offload"],
         batch_size=settings["batch_size"],
         gradient_accumulation=settings["gradient_accumulation"],
         seed=settings["seed"],
@@ -249,6 +311,10 @@ def _check_hf_model(settings: dict[str, Any]) -> None:
                 f"--{name} {settings[name]}: --use_hf_model runs with {only}; drop one of them"
             )
         settings[name] = only
+    if settings["activation_checkpointing"] == "selective":
+        raise UserError(
+            "--activation_checkpointing selective: --use_hf_model knows none and block; take one of them"
+        )
 
 
 def _check_linear_path(settings: dict[str, Any]) -> None:
@@ -264,6 +330,29 @@ def _check_linear_path(settings: dict[str, Any]) -> None:
             f"--keep_hidden {settings['keep_hidden']}: only factorized linears of --method sltrain have x A^T to "
             "keep; leave it out, or take --linear_path factorized"
         )
+
+
+def _check_activations(settings: dict[str, Any], stage: int) -> None:
+    """What is kept for backward, against what a compiled block decides for itself."""
+    if settings["activation_checkpointing"] == "selective" and settings["compile"] != "none":
+        raise UserError(
+            f"--activation_checkpointing selective: --compile {settings['compile']} computes norms and SwiGLU again"
+            " where that pays by itself; take none or block with it, or leave --compile out"
+        )
+    if not settings["offload_activations"]:
+        return
+    if settings["use_hf_model"]:
+        raise UserError("--offload_activations: --use_hf_model keeps activations itself; drop one")
+    others = {
+        "--activation_checkpointing selective": settings["activation_checkpointing"] == "selective",
+        f"--compile {settings['compile']}": settings["compile"] != "none",
+        "ZeRO stage 3, whose gathered weights would wait with the activations,": stage == 3,
+    }
+    for other, is_so in others.items():
+        if is_so and settings["activation_checkpointing"] != "block":
+            raise UserError(
+                f"--offload_activations: with {other} it needs --activation_checkpointing block, whose block inputs it moves"
+            )
 
 
 def _check_start(settings: dict[str, Any]) -> None:
@@ -318,13 +407,20 @@ def _build(
         min_lr_ratio=settings["min_lr_ratio"],
         cycle_length=settings["cycle_length"],
         grad_clipping=settings["grad_clipping"],
+        embedding_state_bits=settings["embedding_state_bits"],
+        per_layer_clip=settings["per_layer_clip"] or "error",
+        rounding="stochastic" if settings["master_weights"] == "stochastic" else "nearest",
+        seed=settings["seed"],
     )
     engine = _engine(settings, ds_config)
+    if engine.per_layer:
+        _check_per_layer(settings, engine)
     OptimizerFactory(optimizer)
     check_schedule(optimizer)
     if ds_config is not None:
         resolve_ds_config(ds_config, engine, optimizer, dp_size)
     _check_linear_path(settings)
+    _check_activations(settings, engine.stage if engine.engine == "zero" else 0)
     _check_start(settings)
     if settings["use_hf_model"]:
         _check_hf_model(settings)
@@ -350,6 +446,7 @@ def _build(
         linear_path=settings["linear_path"],
         keep_hidden=settings["keep_hidden"],
         activation_checkpointing=settings["activation_checkpointing"],
+        offload_activations=settings["offload_activations"],
         compile=settings["compile"],
         use_hf_model=settings["use_hf_model"],
         loss_average=settings["loss_average"],

@@ -10,9 +10,9 @@ import shutil
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
-from torch.nn import functional
 
 from sltrain_dist.model.backends import NORM
+from sltrain_dist.ops.pointwise import swiglu
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,10 +22,6 @@ def rms_norm(x, weight, residual):
     """With the residual sum before it, as a block has it; both are results."""
     total = x + residual
     return NORM["torch"](total, weight, 1e-6), total
-
-
-def swiglu(gate, up):
-    return functional.silu(gate) * up
 
 
 def generated(function, *inputs):

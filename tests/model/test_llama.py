@@ -64,14 +64,15 @@ def test_checkpointing_changes_neither_names_nor_gradients(method: MethodConfig)
     method = dataclasses.replace(method, dropout=0.1)
     tokens, labels = batch(SMALL)
     results = []
-    for checkpointing in ("none", "block"):
+    for checkpointing in ("none", "block", "selective"):
         model = filled(SMALL, method, checkpointing=checkpointing)
         torch.manual_seed(5)
         model(tokens, labels).backward()
         results.append(gradients(model))
-    assert list(results[0]) == list(results[1])
+    assert list(results[0]) == list(results[1]) == list(results[2])
     for name, expected in results[0].items():
         assert torch.equal(results[1][name], expected), name
+        assert torch.equal(results[2][name], expected), name
 
 
 def test_checkpointing_keeps_one_tensor_per_block() -> None:

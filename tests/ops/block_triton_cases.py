@@ -100,7 +100,10 @@ def assert_near(found, right, dtype, name):
     assert found.shape == right.shape, name
     assert found.dtype == dtype, name
     error = (found.double() - right).norm()
-    assert error <= TOLERANCE[dtype] * right.norm(), f"{name}: {error / right.norm():.2e}"
+    alone = (
+        10 if found.numel() == 1 else 1
+    )  # one sum of many products: nothing averages its rounding
+    assert error <= alone * TOLERANCE[dtype] * right.norm(), f"{name}: {error / right.norm():.2e}"
 
 
 def check(plan, offsets, tensors, scale=0.37, fused=None):

@@ -9,12 +9,17 @@ from torch import nn
 
 from sltrain_dist.config import OptimizerConfig
 from sltrain_dist.optim import OPTIMIZERS, OptimizerFactory, assert_live, describe
+from sltrain_dist.parallel.engine import Trained, grouped
 from sltrain_dist.utils.errors import UserError
 
 
 def _parameters(seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((6, 4), (5,), (1,))]
+
+
+def _trained(parameters: list[nn.Parameter]) -> list[Trained]:
+    return [Trained(f"p{n}", p, p.numel()) for n, p in enumerate(parameters)]
 
 
 def _run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: int) -> None:
@@ -31,11 +36,13 @@ def test_state_from_the_start_equals_state_made_by_the_first_update(
     name: str, momentum: float
 ) -> None:
     """An eagerly created zero state with step 0 must not change any update (bias correction off by one)."""
+    if name == "adam8bit":  # its weight decay is refused; otherwise it is adamw8bit
+        pytest.skip("is adamw8bit")
     config = OptimizerConfig(name=name, lr=0.01, weight_decay=0.1, momentum=momentum)
     factory = OptimizerFactory(config)
     eager, lazy = _parameters(), _parameters()
-    optimizer = factory.build(eager)
-    factory.begin(optimizer, eager, 0)
+    optimizer = factory.build(_trained(eager))
+    factory.begin(optimizer, grouped(optimizer), 0)
     _run(optimizer, eager, 4)
     reference: torch.optim.Optimizer
     if name == "adafactor":
@@ -51,6 +58,8 @@ def test_state_from_the_start_equals_state_made_by_the_first_update(
         )
     elif name == "sgd":
         reference = torch.optim.SGD(lazy, lr=0.01, momentum=momentum, weight_decay=0.1)
+    elif name == "adamw8bit":  # of tensors as small as these the moments have 32 bits
+        reference = torch.optim.AdamW(lazy, lr=0.01, weight_decay=0.1)
     else:
         reference = OPTIMIZERS[name].kind(lazy, lr=0.01, weight_decay=0.1)  # type: ignore[call-arg]
     _run(reference, lazy, 4)
@@ -62,8 +71,8 @@ def test_state_from_the_start_equals_state_made_by_the_first_update(
 def test_state_tensors_are_those_named(name: str) -> None:
     factory = OptimizerFactory(OptimizerConfig(name=name, momentum=0.5))
     parameters = _parameters()
-    optimizer = factory.build(parameters)
-    factory.begin(optimizer, parameters, 7)
+    optimizer = factory.build(_trained(parameters))
+    factory.begin(optimizer, grouped(optimizer), 7)
     for parameter in parameters:
         tensors = factory.tensors(optimizer, parameter)
         assert tuple(tensors) == factory.state_names(parameter.dim())
@@ -73,12 +82,9 @@ def test_state_tensors_are_those_named(name: str) -> None:
             assert optimizer.state[parameter]["step"] == 7.0
 
 
-def test_unknown_and_later_names_say_what_to_use() -> None:
+def test_an_unknown_name_says_which_there_are() -> None:
     with pytest.raises(UserError, match=r"--optimizer adamx: unknown; optimizers are adamw, adam"):
         OptimizerFactory(OptimizerConfig(name="adamx"))
-    for name in ("adam8bit", "adam8bit_per_layer", "adamw8bit"):
-        with pytest.raises(UserError, match=r"not in this version; use --optimizer adamw"):
-            OptimizerFactory(OptimizerConfig(name=name))
 
 
 def test_adafactor_is_refused_on_shards() -> None:
@@ -99,7 +105,7 @@ def test_bad_numbers_are_user_errors(bad: dict[str, float]) -> None:
 def test_the_live_optimizer_is_described_and_checked() -> None:
     """ms-swift trained silently with another optimizer than asked."""
     config = OptimizerConfig(name="adamw", lr=0.5, weight_decay=0.25)
-    optimizer = OptimizerFactory(config).build(_parameters())
+    optimizer = OptimizerFactory(config).build(_trained(_parameters()))
     told = describe(optimizer)
     assert told["class"].endswith("adamw.AdamW")
     assert told["groups"][0]["elements"] == 30
@@ -133,9 +139,9 @@ def test_apex_resumes_with_its_step_counter_in_the_groups(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     factory = OptimizerFactory(OptimizerConfig(name="apex_adamw"))
     parameters = _parameters()
-    optimizer = factory.build(parameters)
+    optimizer = factory.build(_trained(parameters))
     assert type(optimizer) is FusedAdam
-    factory.begin(optimizer, parameters, 7)
+    factory.begin(optimizer, grouped(optimizer), 7)
     assert [group["step"] for group in optimizer.param_groups] == [7]
     assert set(factory.tensors(optimizer, parameters[0])) == {"exp_avg", "exp_avg_sq"}
     assert "step" not in optimizer.state[parameters[0]]

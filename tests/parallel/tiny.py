@@ -106,6 +106,7 @@ class Hooked:
     def __init__(self, engine: Engine, hook: Callable[[Tensor], Tensor]) -> None:
         self.engine, self.hook = engine, hook
         self.mesh, self.module, self.step = engine.mesh, engine.module, engine.step
+        self.begin_update = engine.begin_update
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         self.engine.accumulate(self.hook(loss), last=last)

@@ -77,6 +77,9 @@ class FakeEngine:
     def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:
         self.tensors, self.count, self.loaded = state, scalars["count"], True
 
+    def buffers(self) -> list[Any]:
+        return []
+
     def scalars(self) -> dict[str, Any]:
         return {"count": self.count}
 

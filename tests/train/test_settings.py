@@ -187,6 +187,14 @@ MISTAKES = [
     ("--seed -1", "--seed -1: must lie in [0, 2147483648)"),
     (f"--seed {2**63}", f"--seed {2**63}: must lie in [0, 2147483648)"),
     ("--max_length 1", "--max_length 1: a sample needs at least 2 tokens"),
+    (
+        "--activation_checkpointing selective --compile",
+        "--activation_checkpointing selective: --compile default computes",
+    ),
+    (
+        "--activation_checkpointing selective --use_hf_model",
+        "--activation_checkpointing selective: --use_hf_model knows none and block",
+    ),
     ("--nonsense 3", "unrecognized arguments: --nonsense 3"),
     ("--pack loose", "--pack: invalid choice: 'loose'"),
 ]
