@@ -8,6 +8,7 @@ seen; it declares it (``workspace_bytes``), and `WORKSPACES` adds it at the mome
 
 import contextlib
 import math
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -52,11 +53,12 @@ class Live(TorchDispatchMode):
         live, resize = self, self._resize
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
-            # FSDP2 frees and allocates gathered weights so, which no dispatch mode sees
+            # FSDP2 frees and allocates gathered weights so, model.recompute activations; no mode sees it
             result = resize(storage, size)
             entry = live._entry(storage)
             live._add(entry, storage.nbytes() - live._sizes[entry])
-            live.kinds[entry] = "communication"
+            if sys._getframe(1).f_globals["__name__"].startswith("torch.distributed.fsdp"):
+                live.kinds[entry] = "communication"
             return result
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]

@@ -16,10 +16,12 @@ import torch
 import torch.distributed._tools.fake_collectives  # noqa: F401  (collectives on fake tensors)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.model.backends import NORM
 from sltrain_dist.ops import precision
+from sltrain_dist.optim import blockwise
 from sltrain_dist.optim.table import OptimizerFactory
 from sltrain_dist.parallel import mesh as meshes
 from sltrain_dist.parallel.engine import ModelFactory, build_engine
@@ -31,7 +33,6 @@ from sltrain_dist.train.build import make_model
 from sltrain_dist.train.linear_paths import LinearPaths
 from sltrain_dist.train.loop import update
 
-_UPDATES = 2
 _MICRO_BATCHES = 2  # enough to see gradients of one kept while the next ones are made
 
 
@@ -58,7 +59,7 @@ def measure(config: TrainConfig, world_size: int, device: str, paths: LinearPath
     engine = config.engine
     mesh = meshes.imagine(world_size, engine.tensor_parallel, engine.replicate)
     try:
-        with _as_on_cuda(device), FakeTensorMode(), Live(device) as live:
+        with _quick(), _as_on_cuda(device), FakeTensorMode(), Live(device) as live:
             _one_update(config, mesh, paths, live)
     finally:
         meshes.close()
@@ -88,17 +89,14 @@ def _one_update(config: TrainConfig, mesh: Mesh, paths: LinearPaths, live: Live)
             for _ in range(min(config.engine.gradient_accumulation, _MICRO_BATCHES))
         ]
     with live.during("workspaces"):
-        for _ in range(_UPDATES):
-            update(run, batch, config.optimizer.lr)
+        update(run, batch, config.optimizer.lr)
 
 
 class _Blank(ParameterSpec):
     """A parameter that gets memory, and no values."""
 
-    def flat(
-        self, seed: int, name: str, start: int, stop: int, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        return torch.empty(stop - start, device=device)
+    def fill(self, out: Tensor, seed: int, name: str, start: int) -> None:
+        """Leave ``out`` as it is."""
 
 
 def _blank(spec: ParameterSpec) -> ParameterSpec:
@@ -123,6 +121,19 @@ def _name_parts(engine: Any, live: Live) -> None:
         live.label([*gradients, *getattr(engine, "_sums", {}).values()], "gradients")
 
     engine.accumulate = accumulated
+
+
+@contextlib.contextmanager
+def _quick() -> Iterator[None]:
+    """Let FSDP2 cut off this rank's chunk of a parameter alone; and keep fake tensors out of what outlives the run."""
+
+    def chunks(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
+        own = tensor.narrow(dim, 0, -(-tensor.shape[dim] // count))
+        return [own] * count  # of the first rank, which is all that is read
+
+    with mock.patch.object(_fsdp_param, "_chunk_with_empty", chunks):
+        with mock.patch.dict(blockwise._MAPS, clear=True):
+            yield
 
 
 @contextlib.contextmanager

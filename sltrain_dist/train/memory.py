@@ -8,7 +8,7 @@ computed and w as held:
     offsets        1 or 4 bytes an entry of S, / d where weights are
     optimizer      8 P / d, or 2 (1 + 4/256) for each element whose moments are kept in 8 bits
     gradients      P w / d at the end of backward; of the largest unit alone where blocks are updated one by one
-    activations    n L (10 D + 4 F + 7 r) c, of which each number is named in docs/memory.md; n L D c and one
+    activations    n L (8 D + 3 F + 7 r) c, of which each number is named in docs/memory.md; n L D c and one
                    block whole under checkpointing
     loss           logits of a chunk of tokens and two gradients of the head
     workspaces     of the largest linear
@@ -111,7 +111,7 @@ def _by_bits(config: TrainConfig, elements: Elements) -> tuple[int, int]:
     if "8bit" not in config.optimizer.name:
         return 0, elements.total
     blocks = elements.block * config.model.num_hidden_layers
-    if getattr(config.optimizer, "embedding_state_bits", 32) == 8:
+    if config.optimizer.embedding_state_bits == 8:
         return elements.total, 0
     return blocks, elements.total - blocks
 
@@ -120,9 +120,8 @@ def _gradients(config: TrainConfig, elements: Elements, ranks: int, half: bool) 
     """Gradients of the whole model as they stand when backward ends."""
     engine = config.engine
     element = 4 if engine.master_weights else 2
-    if getattr(engine, "per_layer", False):
-        if engine.gradient_accumulation == 1:
-            return max(elements.vocabulary, elements.block) * element // ranks
+    if engine.per_layer and engine.gradient_accumulation == 1:
+        return max(elements.vocabulary, elements.block) * element // ranks
     stage = 3 if engine.engine == "fsdp" else engine.stage
     kept = elements.total // (ranks if stage >= 2 else 1)
     if engine.engine == "fsdp":
@@ -167,10 +166,10 @@ def _activations(config: TrainConfig, paths: LinearPaths, device: str) -> dict[s
     hidden, ff = model.hidden_size, model.padded_intermediate_size
     key = hidden * model.num_key_value_heads // model.num_attention_heads
     outside = hidden // (tp if engine.sequence_parallel else 1)
-    # residual, norm, twice; q, k, v, what attention gives; gate, silu, up and their product
+    # residual, norm, twice; q, k, v, what attention gives; gate, up and silu(gate) up
     selective = config.activation_checkpointing == "selective"
     norms = 2 if selective else 4
-    layer = norms * outside + (2 * hidden + 2 * key + (3 if selective else 4) * ff) // tp
+    layer = norms * outside + (2 * hidden + 2 * key + (2 if selective else 3) * ff) // tp
     if method.method == "low_rank":
         layer += 7 * method.rank
     elif "factorized" in paths.chosen.values() and paths.keeps_hidden:
