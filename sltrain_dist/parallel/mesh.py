@@ -14,6 +14,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Mesh:
         """This rank's place among those FSDP2 shards over."""
         return self.dp_rank % self.shard_size
 
-    @property
+    @cached_property
     def data_mesh(self) -> DeviceMesh:
         """What `fully_shard` takes: the shard axis, or replicate x shard (HSDP)."""
         if self.replicate_size == 1:
@@ -182,7 +183,9 @@ def imagine(world_size: int, tensor_parallel: int = 1, replicate: int = 1) -> Me
 
     check_axes(world_size, tensor_parallel, replicate)
     dist.init_process_group(_FAKE, store=FakeStore(), rank=0, world_size=world_size)
-    return _arrange(0, world_size, 0, torch.device("cpu"), tensor_parallel, replicate)
+    mesh = _arrange(0, world_size, 0, torch.device("cpu"), tensor_parallel, replicate)
+    assert mesh.data_mesh.get_coordinate() is not None  # made now: its numbers must not be fake tensors
+    return mesh
 
 
 def _arrange(

@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from sltrain_dist.config import TrainConfig
-from sltrain_dist.model.backends import NORM
 from sltrain_dist.ops import precision
 from sltrain_dist.optim import blockwise
 from sltrain_dist.optim.table import OptimizerFactory
@@ -138,15 +137,9 @@ def _quick() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_on_cuda(device: str) -> Iterator[None]:
-    """For ``device`` "cuda": bfloat16 is multiplied as it is, and RMSNorm is one kernel that keeps x and 1/rms."""
+    """For ``device`` "cuda": bfloat16 is multiplied as it is."""
     if device != "cuda":
         yield
         return
-
-    def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y: Tensor = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)[0]
-        return y
-
     with mock.patch.object(precision, "native_bfloat16", lambda: True):
-        with mock.patch.dict(NORM, {"torch": fused}):
-            yield
+        yield
