@@ -107,12 +107,14 @@ class Engine(Protocol):
     """A distributed model with its optimizer.
 
     name: "fsdp" or "zero-<stage>". module: call ``module(tokens, labels)``.
+    skipped_blocks: blocks that per-layer updates left alone so far, for a gradient that was not finite.
     specs: of the module's parameters. optimizer: the live torch optimizer, for the summary and its check.
     copies_state: whether `state` gives copies in host memory, not the live tensors.
     """
 
     name: str
     copies_state: bool
+    skipped_blocks: int
     mesh: Mesh
     module: nn.Module
     specs: dict[str, ParameterSpec]

@@ -55,6 +55,7 @@ class FsdpEngine:
 
     name = "fsdp"
     copies_state = False
+    skipped_blocks = 0
 
     def __init__(
         self,
@@ -129,6 +130,7 @@ class FsdpEngine:
 
         norm_before: what they are clipped by instead of their own norm.
         """
+        self._settle()
         gradients = {name: self._gradient(name) for name in names}
         norm = self._global_norm(gradients)
         if math.isfinite(value := norm.item()):
@@ -138,7 +140,8 @@ class FsdpEngine:
             for name, gradient in gradients.items():
                 self.local[name].grad = gradient.to(self.local[name].dtype)
             self.optimizer.step()
-        elif self._layers is not None:  # the other blocks' counters go on, and a checkpoint has one
+        elif self._layers is not None:
+            self.skipped_blocks += 1  # the other blocks' counters go on, and a checkpoint has one
             for name in names:
                 state = self.optimizer.state.get(self.local[name], {})
                 if "step" in state:
@@ -187,8 +190,9 @@ class FsdpEngine:
     def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:
         assert isinstance(self.module, FSDPModule)
         self.updates = int(scalars["updates"])
+        self.skipped_blocks = int(scalars.get("skipped_blocks", 0))
         if self._layers is not None:
-            self._layers.load(scalars)
+            self._layers.last_norm = scalars.get("last_norm")
         updated = grouped(self.optimizer)
         self.factory.begin(self.optimizer, updated, int(scalars["optimizer_steps"]))
         own = self._plain_state()
@@ -204,8 +208,11 @@ class FsdpEngine:
                 module.reshard()
 
     def scalars(self) -> dict[str, Any]:
-        layers = {} if self._layers is None else self._layers.scalars()
-        return {"updates": self.updates, "optimizer_steps": self.updates} | layers
+        scalars: dict[str, Any] = {"updates": self.updates, "optimizer_steps": self.updates}
+        if self._layers is not None:
+            norm = self._layers.last_norm
+            scalars |= {"skipped_blocks": self.skipped_blocks, "last_norm": norm}
+        return scalars
 
     def held_bytes(self) -> dict[str, int]:
         shards = ((p.to_local(), p.requires_grad) for p in self.sharded.values())
@@ -223,6 +230,11 @@ class FsdpEngine:
         if local.numel():
             return self.factory.tensors(self.optimizer, local)
         return {name: local.detach().clone() for name in self.factory.state_names(local.dim())}
+
+    def _settle(self) -> None:
+        """Wait for gradients on their way to the host: torch before 2.13 calls hooks without having waited."""
+        if self.home.type == "cpu" and self.mesh.device.type == "cuda":
+            torch.cuda.current_stream(self.mesh.device).synchronize()
 
     def _gradient(self, name: str) -> Tensor:
         """The summed gradient of the local shard; zeros where no loss reached the parameter."""
@@ -261,8 +273,7 @@ class FsdpEngine:
             def move(parameter: Tensor, name: str = name) -> None:
                 grad = parameter.grad
                 assert isinstance(grad, DTensor)
-                if self.home != self.mesh.device and self.mesh.device.type == "cuda":
-                    torch.cuda.current_stream().synchronize()  # it may be on its way to the host
+                self._settle()
                 reduced = grad.to_local().float()
                 self._sums[name] = self._sums[name].add_(reduced) if name in self._sums else reduced
                 parameter.grad = None

@@ -15,7 +15,6 @@ What must be known before the first weight changes:
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +43,6 @@ class LayerUpdates:
         self._mesh, self._units, self._update, self._lagged = mesh, units, update, lagged
         self.lr = 0.0
         self.last_norm: float | None = None  # of the update before
-        self.skipped = 0  # blocks left alone, over all updates
         self._last: bool  # this is the update's last micro-batch
         self._broken: bool  # a loss of this update was not finite
         self._reset()
@@ -74,15 +72,6 @@ class LayerUpdates:
         self.last_norm = norm
         return norm
 
-    def scalars(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"last_norm": self.last_norm, "skipped_blocks": self.skipped}
-
-    def load(self, scalars: dict[str, Any]) -> None:
-        """Take `scalars` of a checkpoint over; one of another kind of run has none."""
-        self.last_norm = scalars.get("last_norm")
-        self.skipped = int(scalars.get("skipped_blocks", 0))
-
     def _reset(self) -> None:
         self._last = self._broken = False
         self._missing = [set(names) for names in self._units]
@@ -102,8 +91,6 @@ class LayerUpdates:
         norm = self._update(names, self.last_norm if self._lagged else None)
         if math.isfinite(norm):
             self._squares.append(norm * norm)
-        else:
-            self.skipped += 1
 
 
 def _on_default_stream(device: torch.device, action: Callable[[], None]) -> None:

@@ -65,6 +65,7 @@ class ZeroEngine:
     """One DeepSpeed run; the protocol is `parallel.engine.Engine`."""
 
     copies_state = True
+    skipped_blocks = 0
 
     def __init__(
         self,

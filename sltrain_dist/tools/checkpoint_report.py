@@ -6,6 +6,7 @@ has, and the support, made again from the seed and compared by its hash.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sltrain_dist.config import MethodConfig, ModelConfig
+from sltrain_dist.parallel.quantised import QUANTISED
 from sltrain_dist.train.checkpoint import FORMAT
 from sltrain_dist.train.checkpoint_folder import (
     MANIFEST,
@@ -29,6 +31,7 @@ from sltrain_dist.train.checkpoint_folder import (
     read_manifest,
     strangers,
 )
+from sltrain_dist.train.checkpoint_quantised import PIECES
 from sltrain_dist.train.checkpoint_shards import FileError, Stored, coverage_problem, read_headers
 from sltrain_dist.train.parameter_names import blank_specs, generated_hash
 from sltrain_dist.utils.errors import UserError
@@ -160,8 +163,10 @@ def _wrong_model(opened: Opened) -> Iterator[str]:
 
 
 def _missing_files(opened: Opened) -> Iterator[str]:
-    for rank in range(opened.document["world_size"]):
-        name = f"rng-{rank:05d}.json"
+    eight_bit = any(name.startswith(QUANTISED) for name in opened.document["tensors"])
+    kinds = ("rng-", PIECES) if eight_bit else ("rng-",)
+    for rank, kind in itertools.product(range(opened.document["world_size"]), kinds):
+        name = f"{kind}{rank:05d}.json"
         if name not in opened.manifest.files:
             yield f"{name}: not in {MANIFEST}, though {opened.document['world_size']} ranks saved"
 

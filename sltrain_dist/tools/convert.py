@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sltrain_dist.parallel.quantised import QUANTISED
 from sltrain_dist.tools.checkpoint_report import WEIGHTS, faults, kind_of, open_folder
 from sltrain_dist.tools.output import new_folder
 from sltrain_dist.train.checkpoint_folder import (
@@ -22,6 +23,7 @@ from sltrain_dist.train.checkpoint_folder import (
     write_json,
     write_manifest,
 )
+from sltrain_dist.train.checkpoint_quantised import PIECES
 from sltrain_dist.train.checkpoint_shards import Piece, Stored, read_rows, write_file
 from sltrain_dist.utils.errors import UserError
 
@@ -73,7 +75,7 @@ def convert(
         for name in opened.document["tensors"]
         if name in opened.tensors and (not weights_only or kind_of(name) == WEIGHTS)
     }
-    dtypes = {name: _converted(stored.dtype, dtype) for name, stored in kept.items()}
+    dtypes = {name: _converted(name, stored.dtype, dtype) for name, stored in kept.items()}
     total = sum(math.prod(stored.shape) * dtypes[name].itemsize for name, stored in kept.items())
     count = shards or max(1, -(-total // FILE_BYTES))
     document = _document(opened.document, dtypes, weights_only)
@@ -81,7 +83,7 @@ def convert(
         names = _write_shards(folder, kept, dtypes, count)
         write_json(folder / STATE, document)
         for name in opened.manifest.files:
-            if name.startswith("rng-"):
+            if name.startswith("rng-") or (name.startswith(PIECES) and not weights_only):
                 shutil.copyfile(source / name, folder / name)
         files = {path.name: record(path) for path in folder.iterdir()}
         write_manifest(folder, Manifest(opened.manifest.step, opened.manifest.serial, files))
@@ -90,9 +92,9 @@ def convert(
     return Converted(output, len(names), len(kept), total, dropped, changed)
 
 
-def _converted(dtype: torch.dtype, wanted: str | None) -> torch.dtype:
-    """The dtype a tensor is written in; codes and counters stay what they are."""
-    if wanted is None or dtype not in _FLOATS:
+def _converted(name: str, dtype: torch.dtype, wanted: str | None) -> torch.dtype:
+    """The dtype a tensor is written in; 8-bit moments, codes and scales, stay what they are."""
+    if wanted is None or dtype not in _FLOATS or name.startswith(QUANTISED):
         return dtype
     found: torch.dtype = getattr(torch, wanted)
     return found
@@ -112,7 +114,7 @@ def _document(
     after = {**before, "tensors": tensors}
     if weights_only:
         # The engine's counters count updates of an optimizer, and a new one starts at its first.
-        after |= {"weights_only": True, "scalars": dict.fromkeys(before["scalars"], 0)}
+        after |= {"weights_only": True, "scalars": {"updates": 0, "optimizer_steps": 0}}
     return json.loads(json.dumps(after))  # type: ignore[no-any-return]
 
 

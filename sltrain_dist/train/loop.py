@@ -37,8 +37,9 @@ def train(run: Run) -> dict[str, Any]:
         while run.step < steps:
             began = time.perf_counter()
             lr = learning_rate(config.optimizer, run.step)
+            skipped = run.engine.skipped_blocks
             loss, tokens, norm = update(run, next(updates), lr)
-            _watch(run, norm)
+            _watch(run, norm, run.engine.skipped_blocks - skipped)
             run.step += 1
             run.tokens_seen += tokens
             rates.append(tokens / (time.perf_counter() - began))
@@ -51,6 +52,8 @@ def train(run: Run) -> dict[str, Any]:
                 "tokens_per_second": rates[-1],
                 "peak_memory_bytes": peak_memory(run.mesh),
             }
+            if config.engine.per_layer:
+                line["skipped_blocks"] = run.engine.skipped_blocks
             _record(run, line)
             _advance(bar, run, line)
             _tell(run, saver.poll())
@@ -106,14 +109,17 @@ def on_device(micro_batches: list[Batch], device: torch.device) -> list[tuple[Te
     return list(zip(*moved, strict=True))
 
 
-def _watch(run: Run, norm: float) -> None:
-    """Say when an update was skipped because its gradient was not finite; give up after many in a row."""
-    if math.isfinite(norm):
+def _watch(run: Run, norm: float, blocks: int) -> None:
+    """Say when an update, or ``blocks`` of it, was skipped because its gradient was not finite; give up after many in a row."""
+    if math.isfinite(norm) and not blocks:
         run.skipped = 0
         return
     run.skipped += 1
     if run.skipped == 1:
-        say(run.mesh, f"warning: update {run.step + 1} skipped: its gradient is not finite")
+        what = (
+            f"update {run.step + 1}" if not blocks else f"{blocks} blocks of update {run.step + 1}"
+        )
+        say(run.mesh, f"warning: {what} skipped: its gradient is not finite")
     if run.skipped == SKIPS_IN_A_ROW:
         raise UserError(
             f"--lr {run.config.optimizer.lr:g}: the gradient was not finite in {SKIPS_IN_A_ROW} updates in a row, up "

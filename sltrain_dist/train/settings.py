@@ -28,6 +28,13 @@ from sltrain_dist.model.tensor_parallel import check_tensor_parallel
 from sltrain_dist.optim.schedule import check_schedule
 from sltrain_dist.optim.table import OptimizerFactory
 from sltrain_dist.parallel.ds_config import load_ds_config, resolve_ds_config, stage_of
+from sltrain_dist.train.contradictions import (
+    check_activations,
+    check_cpu_offload,
+    check_hf_model,
+    check_linear_path,
+    check_start,
+)
 from sltrain_dist.train.flags import DTYPES, FLAGS, REFERENCE_DEFAULTS, explicit, token_count
 from sltrain_dist.train.layout import finish_axes, finish_batches
 from sltrain_dist.utils.errors import UserError
@@ -266,16 +273,8 @@ def _engine(settings: dict[str, Any], ds_config: dict[str, Any] | None) -> Engin
             f"--replicate {settings['replicate']}: is for --engine fsdp; a DeepSpeed JSON has"
             ' "zero_optimization.zero_hpz_partition_size"'
         )
-    if engine == "zero" and settings["cpu_offload"]:
-        raise UserError(
-            '--cpu_offload: is for --engine fsdp; a DeepSpeed JSON has "zero_optimization.offload_optimizer" and'
-            ' "zero_optimization.offload_param", as in ds_configs/zero3_offload.json'
-        )
-    if settings["cpu_offload"] and settings["optimizer"].startswith("apex_"):
-        plain = settings["optimizer"].removeprefix("apex_")
-        raise UserError(
-            f"--cpu_offload: updates run on the host, --optimizer {settings['optimizer']} on a GPU; take --optimizer {plain}"
-        )
+    if settings["cpu_offload"]:
+        check_cpu_offload(settings, engine)
     dtype = _dtype(settings)
     if settings["master_weights"] == "stochastic" and (engine == "zero" or dtype == "float32"):
         other = (
@@ -301,66 +300,6 @@ def _engine(settings: dict[str, Any], ds_config: dict[str, Any] | None) -> Engin
         gradient_accumulation=settings["gradient_accumulation"],
         seed=settings["seed"],
     )
-
-
-def _check_hf_model(settings: dict[str, Any]) -> None:
-    """Transformers' decoder brings its own attention; fix both back ends to what runs."""
-    for name, only in (("attention", "sdpa"), ("norm", "torch")):
-        if settings[name] not in ("auto", only):
-            raise UserError(
-                f"--{name} {settings[name]}: --use_hf_model runs with {only}; drop one of them"
-            )
-        settings[name] = only
-    if settings["activation_checkpointing"] == "selective":
-        raise UserError(
-            "--activation_checkpointing selective: --use_hf_model knows none and block; take one of them"
-        )
-
-
-def _check_linear_path(settings: dict[str, Any]) -> None:
-    if settings["linear_path"] != "auto" and settings["method"] != "sltrain":
-        raise UserError(
-            f"--linear_path {settings['linear_path']}: --method {settings['method']} has no choice of path; "
-            "leave it out, or train with --method sltrain"
-        )
-    if settings["keep_hidden"] != "auto" and (
-        settings["method"] != "sltrain" or settings["linear_path"] == "composed"
-    ):
-        raise UserError(
-            f"--keep_hidden {settings['keep_hidden']}: only factorized linears of --method sltrain have x A^T to "
-            "keep; leave it out, or take --linear_path factorized"
-        )
-
-
-def _check_activations(settings: dict[str, Any], stage: int) -> None:
-    """What is kept for backward, against what a compiled block decides for itself."""
-    if settings["activation_checkpointing"] == "selective" and settings["compile"] != "none":
-        raise UserError(
-            f"--activation_checkpointing selective: --compile {settings['compile']} computes norms and SwiGLU again"
-            " where that pays by itself; take none or block with it, or leave --compile out"
-        )
-    if not settings["offload_activations"]:
-        return
-    if settings["use_hf_model"]:
-        raise UserError("--offload_activations: --use_hf_model keeps activations itself; drop one")
-    others = {
-        "--activation_checkpointing selective": settings["activation_checkpointing"] == "selective",
-        f"--compile {settings['compile']}": settings["compile"] != "none",
-        "ZeRO stage 3, whose gathered weights would wait with the activations,": stage == 3,
-    }
-    for other, is_so in others.items():
-        if is_so and settings["activation_checkpointing"] != "block":
-            raise UserError(
-                f"--offload_activations: with {other} it needs --activation_checkpointing block, whose block inputs it moves"
-            )
-
-
-def _check_start(settings: dict[str, Any]) -> None:
-    source, checkpoint = settings["init_from"], settings["continue_from"]
-    if source and checkpoint not in (None, "auto"):
-        raise UserError(
-            f"--init_from {source}: --continue_from {checkpoint} brings its own weights; drop one of the two"
-        )
 
 
 def _build(
@@ -419,11 +358,11 @@ def _build(
     check_schedule(optimizer)
     if ds_config is not None:
         resolve_ds_config(ds_config, engine, optimizer, dp_size)
-    _check_linear_path(settings)
-    _check_activations(settings, engine.stage if engine.engine == "zero" else 0)
-    _check_start(settings)
+    check_linear_path(settings)
+    check_activations(settings, engine.stage if engine.engine == "zero" else 0)
+    check_start(settings)
     if settings["use_hf_model"]:
-        _check_hf_model(settings)
+        check_hf_model(settings)
     if engine.tensor_parallel > 1:
         check_tensor_parallel(Llama(model, method), engine.tensor_parallel)
     return TrainConfig(

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -110,12 +110,22 @@ def _method(run: "Run") -> str:
 
 def _optimizer(run: "Run") -> str:
     """The optimizer that is live in the engine, not the one asked for."""
-    config = run.config.optimizer
+    config, per_layer = run.config.optimizer, run.config.engine.per_layer
+    live = describe(run.engine.optimizer)
+    how = f" by {config.per_layer_clip}" if per_layer and config.grad_clipping else ""
     return (
-        f"{describe(run.engine.optimizer)['class']}, lr {config.lr:g}, {config.scheduler}, "
+        f"{live['class']}{_moments(live['groups'])}{', inside backward' * per_layer}, lr {config.lr:g}, {config.scheduler}, "
         f"{config.warmup_steps} warm-up updates, weight decay {config.weight_decay:g}, "
-        f"clip {config.grad_clipping or 'off'}"
+        f"clip {config.grad_clipping or 'off'}{how}"
     )
+
+
+def _moments(groups: list[dict[str, Any]]) -> str:
+    """ " (moments of 8 bits 178.20M, 32 bits 0.05M elements a rank)", where some have 8."""
+    counts = {group["bits"]: group["elements"] for group in groups}
+    if 8 not in counts:
+        return ""
+    return f" (moments of {', '.join(f'{bits} bits {_millions(count)}' for bits, count in sorted(counts.items()))} elements a rank)"
 
 
 def _axes(run: "Run") -> str:

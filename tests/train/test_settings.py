@@ -195,6 +195,24 @@ MISTAKES = [
         "--activation_checkpointing selective --use_hf_model",
         "--activation_checkpointing selective: --use_hf_model knows none and block",
     ),
+    (
+        "--offload_activations --activation_checkpointing selective",
+        "with --activation_checkpointing selective it needs --activation_checkpointing block",
+    ),
+    (
+        "--offload_activations --compile",
+        "with --compile default it needs --activation_checkpointing",
+    ),
+    (
+        "--offload_activations --ds_config ds_configs/zero3.json",
+        "--offload_activations: with ZeRO stage 3",
+    ),
+    ("--offload_activations --use_hf_model", "--offload_activations: --use_hf_model keeps"),
+    (
+        "--cpu_offload --ds_config ds_configs/zero2.json",
+        '"zero_optimization.offload_optimizer" and "zero_optimization.offload_param"',
+    ),
+    ("--cpu_offload --optimizer apex_adamw", "--cpu_offload: updates run on the host"),
     ("--nonsense 3", "unrecognized arguments: --nonsense 3"),
     ("--pack loose", "--pack: invalid choice: 'loose'"),
 ]
