@@ -25,7 +25,7 @@ from sltrain_dist.model.llama import Llama
 from sltrain_dist.model.tensor_parallel import parallelize
 from sltrain_dist.ops import kernels
 from sltrain_dist.optim.table import OptimizerFactory, assert_live
-from sltrain_dist.parallel.engine import Engine, ModelFactory, build_engine
+from sltrain_dist.parallel.engine import Engine, ModelFactory, build_engine, load_libraries
 from sltrain_dist.parallel.mesh import Mesh, gather_objects, gather_patiently
 from sltrain_dist.parallel.tensor import TensorParallel, tensor_parallel
 from sltrain_dist.params import count_parameters
@@ -102,6 +102,9 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     tp = tensor_parallel(mesh, config.engine)
     blank = make_model(config, attention, norm, None, tp, device="meta", dtype=torch.float32)
     parameters = count_parameters(blank)
+    load_libraries(config.engine.engine)
+    if "8bit" in config.optimizer.name:
+        import bitsandbytes  # noqa: F401
     baseline = peak_memory(mesh)
     _check_kernels(mesh)
     paths = on_first(mesh, lambda: decide(config, blank, mesh.device, found.folder), patient=True)

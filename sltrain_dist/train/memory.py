@@ -74,6 +74,8 @@ def estimate_memory(
     half = engine.dtype == "bfloat16"
     held = _held(config, elements, parameters["indices_bytes"] // tp, ranks, half)
     begins = _activations(config, paths, device) | _communication(config, elements, ranks, half)
+    if engine.gradient_accumulation > 1:  # those of the micro-batches before
+        begins["gradients"] = _gradients(config, elements, ranks, half)
     ends_: dict[str, int] = _communication(config, elements, ranks, half)
     ends_["gradients"] = _gradients(config, elements, ranks, half)
     ends_["communication"] += _reduced(config, elements, half)
