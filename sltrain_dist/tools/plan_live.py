@@ -122,6 +122,10 @@ class Live(TorchDispatchMode):
         self._add(entry, size)
         self._add(entry, -size)
 
+    def correct(self, kind: str, change: int) -> None:
+        """From now on ``change`` bytes more (or, negative, less) of ``kind`` than tensors tell."""
+        self.events.append((self._new(kind), change))
+
     def history(self) -> Iterator[dict[str, int]]:
         """Bytes by kind after every change; the same dictionary every time."""
         now = dict.fromkeys(KINDS, 0)

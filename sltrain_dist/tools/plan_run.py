@@ -28,6 +28,7 @@ from sltrain_dist.parallel.mesh import Mesh
 from sltrain_dist.parallel.tensor import tensor_parallel
 from sltrain_dist.params import ParameterSpec
 from sltrain_dist.tools.plan_live import Live
+from sltrain_dist.tools.plan_zero import ZeroRank
 from sltrain_dist.train.build import make_model
 from sltrain_dist.train.linear_paths import LinearPaths
 from sltrain_dist.train.loop import update
@@ -77,9 +78,16 @@ def _one_update(config: TrainConfig, mesh: Mesh, paths: LinearPaths, live: Live)
                 module.specs = {name: _blank(spec) for name, spec in module.specs.items()}
         return model
 
-    optimizer = OptimizerFactory(config.optimizer)
-    engine: Any = build_engine(factory, mesh, config.engine, optimizer, config.method.seed)
-    _name_parts(engine, live)
+    engine: Any
+    if config.engine.engine == "zero":
+        engine = ZeroRank(factory, mesh, config, live)
+        _name_weights(engine, live, engine.stage == 3)
+    else:
+        optimizer = OptimizerFactory(config.optimizer)
+        engine = build_engine(factory, mesh, config.engine, optimizer, config.method.seed)
+        _name_weights(engine, live)
+        _name_state(engine, live)
+    _follow(engine.module, live)
     run: Any = SimpleNamespace(config=config, mesh=mesh, engine=engine)
     shape = (config.engine.batch_size, config.data.sequence_length)
     with live.during("activations"):
@@ -103,15 +111,26 @@ def _blank(spec: ParameterSpec) -> ParameterSpec:
     return _Blank(spec.shape, kind, spec.logical_numel, spec.initial, spec.cut)
 
 
-def _name_parts(engine: Any, live: Live) -> None:
-    """Tell ``live`` what the parts of an engine are, and have it follow forward and backward."""
+def _name_weights(engine: Any, live: Live, gathered: bool = False) -> None:
     for parameter in engine.module.parameters():
-        live.label([parameter], "weights" if parameter.requires_grad else "offsets")
+        if not parameter.requires_grad:
+            live.label([parameter], "offsets")
+        elif not gathered:
+            live.label([parameter], "weights")
+
+
+def _follow(model: Any, live: Live) -> None:
+    """Have ``live`` tell activations from the loss, recomputation in backward included."""
+    live.follow(model, "activations")
+    for block in model.blocks:
+        live.follow(block, "activations")
+    live.follow(model.lm_head, "loss")
+
+
+def _name_state(engine: Any, live: Live) -> None:
+    """Tell ``live`` what FSDP2's optimizer state and gradients are."""
     for state in engine.optimizer.state.values():
         live.label((part for part in state.values() if isinstance(part, Tensor)), "optimizer")
-    live.follow(engine.module, "activations")
-    for module in (*engine.module.blocks, engine.module.lm_head):
-        live.follow(module, "loss" if module is engine.module.lm_head else "activations")
     accumulate = engine.accumulate
 
     def accumulated(loss: Tensor, *, last: bool) -> None:
