@@ -20,6 +20,7 @@ from sltrain_dist.parallel.tensor import TensorParallel
 from sltrain_dist.params import count_parameters
 from sltrain_dist.tools.plan_run import Measured, measure
 from sltrain_dist.train.build import make_model
+from sltrain_dist.train.flags import explicit
 from sltrain_dist.train.linear_paths import LinearPaths, decide
 from sltrain_dist.train.memory import estimate_memory
 from sltrain_dist.train.settings import resolve
@@ -132,10 +133,20 @@ def configure(request: Request, changes: Sequence[str] = ()) -> TrainConfig:
         UserError: what pretrain refuses.
     """
     arguments = [*request.arguments, *changes]
+    if request.device == "cuda":
+        _check_offload(explicit(arguments))
     if any(text.split("=")[0] in ("--dtype", "--ds_config") for text in arguments):
         return resolve(arguments, request.gpus)
     format_ = "bfloat16" if request.device == "cuda" else "float32"
     return resolve([*arguments, "--dtype", format_], request.gpus)
+
+
+def _check_offload(given: dict[str, Any]) -> None:
+    for flag in ("offload_activations", "cpu_offload"):
+        if given.get(flag):
+            raise UserError(
+                f"--{flag}: the planner cannot tell a GPU's memory from its host's; leave it out for an upper bound"
+            )
 
 
 def blank_model(config: TrainConfig) -> nn.Module:

@@ -6,6 +6,7 @@ What a GPU does otherwise is set right here, by name: see `_as_on_cuda`.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -143,15 +144,32 @@ def _name_state(engine: Any, live: Live) -> None:
 
 @contextlib.contextmanager
 def _quick() -> Iterator[None]:
-    """Let FSDP2 cut off this rank's chunk of a parameter alone; and keep fake tensors out of what outlives the run."""
+    """Let FSDP2 cut off this rank's chunk of a parameter alone, and pad it once: it tells by addresses, which fake
+    tensors have not; and keep fake tensors out of what outlives the run.
+    """
 
     def chunks(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
         own = tensor.narrow(dim, 0, -(-tensor.shape[dim] // count))
         return [own] * count  # of the first rank, which is all that is read
 
-    with mock.patch.object(_fsdp_param, "_chunk_with_empty", chunks):
-        with mock.patch.dict(blockwise._MAPS, clear=True):
-            yield
+    reset = _fsdp_param.FSDPParam.reset_sharded_param
+    padded: set[int] = set()
+
+    def reset_once(self: _fsdp_param.FSDPParam) -> None:
+        if id(self) not in padded:
+            reset(self)
+            if not self._sharded_param_data.is_meta:
+                padded.add(id(self))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_fsdp_param, "_chunk_with_empty", chunks))
+        stack.enter_context(
+            mock.patch.object(_fsdp_param.FSDPParam, "reset_sharded_param", reset_once)
+        )
+        stack.enter_context(mock.patch.dict(blockwise._MAPS, clear=True))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        yield
 
 
 @contextlib.contextmanager
