@@ -127,13 +127,21 @@ def show(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run, print and write after every case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--cases", default="", help="only those whose name holds this, as '350m, fsdp'")
+    parser.add_argument(
+        "--cases", default="", help="only those whose name holds this, as '350m, fsdp'"
+    )
     parser.add_argument("--steps", type=int, default=2, help="updates of a run")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--heap", action="store_true", help="glibc as it is")
-    parser.add_argument("--plan_only", action="store_true", help="keep what was measured, plan anew")
-    parser.add_argument("--quick", action="store_true", help="one small case, for a test of this script")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "plan_cpu.json")
+    parser.add_argument(
+        "--plan_only", action="store_true", help="keep what was measured, plan anew"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one small case, for a test of this script"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "plan_cpu.json"
+    )
     arguments = parser.parse_args()
     known: dict[str, Any] = {}
     if arguments.out.exists():

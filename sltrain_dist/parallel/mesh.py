@@ -165,7 +165,10 @@ def initialise(
             device_id=own_device if on_gpu else None,
         )
     mesh = _arrange(rank, world_size, local_rank, own_device, tensor_parallel, replicate)
-    for axes in (mesh.device_mesh, mesh.host_mesh):  # whose groups have torch's own timeout, 30 minutes
+    for axes in (
+        mesh.device_mesh,
+        mesh.host_mesh,
+    ):  # whose groups have torch's own timeout, 30 minutes
         for group in (*axes.get_all_groups(), mesh.dp_group):
             _set_pg_timeout(timedelta(seconds=timeout), group)
     return mesh
@@ -184,7 +187,9 @@ def imagine(world_size: int, tensor_parallel: int = 1, replicate: int = 1) -> Me
     check_axes(world_size, tensor_parallel, replicate)
     dist.init_process_group(_FAKE, store=FakeStore(), rank=0, world_size=world_size)
     mesh = _arrange(0, world_size, 0, torch.device("cpu"), tensor_parallel, replicate)
-    assert mesh.data_mesh.get_coordinate() is not None  # made now: its numbers must not be fake tensors
+    assert (
+        mesh.data_mesh.get_coordinate() is not None
+    )  # made now: its numbers must not be fake tensors
     return mesh
 
 

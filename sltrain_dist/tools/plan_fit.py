@@ -112,7 +112,9 @@ def _variants(config: TrainConfig, given: dict[str, Any]) -> Iterator[TrainConfi
     for kind in _choices(given, "activation_checkpointing", kinds):
         for size in [engine.batch_size] if "batch_size" in given else sizes:
             cut = replace(engine, batch_size=size, gradient_accumulation=per_rank // size)
-            kept = kind if "activation_checkpointing" not in given else config.activation_checkpointing
+            kept = (
+                kind if "activation_checkpointing" not in given else config.activation_checkpointing
+            )
             yield replace(config, engine=cut, activation_checkpointing=kept)
 
 

@@ -23,11 +23,14 @@ from torch.utils._pytree import tree_leaves
 from sltrain_dist.tools.plan_workspace import workspace
 from sltrain_dist.train.memory import KINDS
 
-
 # What these operators of torch read and write is memory of a collective.
 _GATHERED = ("fsdp::all_gather_copy_in", "fsdp::split_with_sizes_copy")
 _REDUCED = ("fsdp::chunk_cat",)
-_COLLECTIVES = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::allgather_into_tensor_coalesced_")
+_COLLECTIVES = (
+    "c10d::_allgather_base_",
+    "c10d::_reduce_scatter_base_",
+    "c10d::allgather_into_tensor_coalesced_",
+)
 
 
 class Live(TorchDispatchMode):
@@ -70,7 +73,11 @@ class Live(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented  # its local tensors come here on their own
@@ -79,7 +86,7 @@ class Live(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if active_fake_mode() is not self._fake_mode:
             return result  # DTensor works out shapes
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if _has_memory(leaf)]
         for tensor in outputs:
             self._entry(_storage(tensor))
         self._label(func, args, kwargs or {}, outputs)
@@ -114,7 +121,8 @@ class Live(TorchDispatchMode):
         """Call the storages of ``tensors`` ``kind``, for all of their lives."""
         for tensor in tensors:
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            self.kinds[self._entry(_storage(local))] = kind
+            if _has_memory(local):
+                self.kinds[self._entry(_storage(local))] = kind
 
     def add_transient(self, size: int, kind: str = "workspaces") -> None:
         """``size`` bytes were alive for a moment, beside all that is now."""
@@ -190,6 +198,10 @@ class Live(TorchDispatchMode):
     def _end(self, key: int, entry: int) -> None:
         self._entries.pop(key, None)
         self._add(entry, -self._sizes[entry])
+
+
+def _has_memory(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.device.type != "meta"
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

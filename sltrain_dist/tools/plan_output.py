@@ -78,7 +78,7 @@ def draw(path: str, plan: Plan) -> None:
     axes = figure.subplots()
     bars = {"fake run": plan.measured.peak, "formula": plan.setting.formula}
     unit = 2**30
-    for place, (label, sizes) in enumerate(bars.items()):
+    for place, sizes in enumerate(bars.values()):
         bottom = 0.0
         for kind, colour in zip(KINDS, _COLOURS, strict=True):
             height = sizes[kind] / unit

@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed._tools.fake_collectives  # noqa: F401  (collectives on fake tensors)
+import torch.distributed._tools.fake_collectives
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard import _fsdp_param
@@ -24,7 +24,7 @@ from sltrain_dist.ops import precision
 from sltrain_dist.optim import blockwise
 from sltrain_dist.optim.table import OptimizerFactory
 from sltrain_dist.parallel import mesh as meshes
-from sltrain_dist.parallel.engine import ModelFactory, build_engine
+from sltrain_dist.parallel.engine import build_engine
 from sltrain_dist.parallel.mesh import Mesh
 from sltrain_dist.parallel.tensor import tensor_parallel
 from sltrain_dist.params import ParameterSpec
@@ -75,8 +75,9 @@ def _one_update(config: TrainConfig, mesh: Mesh, paths: LinearPaths, live: Live)
     def factory(*, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         model = make_model(config, "sdpa", "torch", paths, tp, device=device, dtype=dtype)
         for module in model.modules():
-            if hasattr(module, "specs"):
-                module.specs = {name: _blank(spec) for name, spec in module.specs.items()}
+            specs: dict[str, ParameterSpec] = getattr(module, "specs", {})
+            for name, spec in specs.items():
+                specs[name] = _blank(spec)
         return model
 
     engine: Any
@@ -108,7 +109,9 @@ class _Blank(ParameterSpec):
 
 
 def _blank(spec: ParameterSpec) -> ParameterSpec:
-    kind = "dense" if spec.kind == "indices" else spec.kind  # so that no ranks' supports are compared
+    kind = (
+        "dense" if spec.kind == "indices" else spec.kind
+    )  # so that no ranks' supports are compared
     return _Blank(spec.shape, kind, spec.logical_numel, spec.initial, spec.cut)
 
 
@@ -178,5 +181,5 @@ def _as_on_cuda(device: str) -> Iterator[None]:
     if device != "cuda":
         yield
         return
-    with mock.patch.object(precision, "native_bfloat16", lambda: True):
+    with mock.patch.object(precision, "native_bfloat16", return_value=True):
         yield

@@ -27,30 +27,32 @@ def _composed(args: tuple[Any, ...], device: str, part: str) -> int:
     out, in_ = matrix_shape(values, tiles)
     rank = b.shape[1] if b is not None else 0
     element = _element(x, device)
-    declared = composed.workspace_bytes(out, in_, offsets.numel(), tiles, element, rank)
+    declared: dict[str, int] = composed.workspace_bytes(
+        out, in_, offsets.numel(), tiles, element, rank
+    )
     return declared[part] + _widened(args, out, element)
 
 
 def _composed_backward(args: tuple[Any, ...], device: str) -> int:
-    dy, x, b, a, values, offsets, scaling, *rest = args
+    _, x, b, a, values, offsets, scaling, *rest = args
     return _composed((x, b, a, values, offsets, None, scaling, *rest), device, "backward")
 
 
 def _factorized(args: tuple[Any, ...], device: str, part: str) -> int:
-    x, b, _, values, offsets = args[:5]
+    x, b, _, values = args[:4]
     out, in_ = matrix_shape(values, Tiles(*args[8:11]))
     rank = b.shape[1] if b is not None else 0
-    tokens = x.numel() // in_
+    tokens = int(x.numel()) // in_
     if device == "cuda":  # the products are torch's: h, and in backward dh beside it
-        return tokens * rank * x.element_size() * (1 if part == "forward" else 2)
-    declared = factorized.workspace_bytes(
+        return int(tokens * rank * x.element_size()) * (1 if part == "forward" else 2)
+    declared: dict[str, int] = factorized.workspace_bytes(
         out, in_, values.numel(), rank, tokens, torch.get_num_threads()
     )
     return declared[part]
 
 
 def _factorized_backward(args: tuple[Any, ...], device: str) -> int:
-    dy, x, b, a, values, offsets, hidden, scaling, *rest = args
+    _, x, b, a, values, offsets, _, scaling, *rest = args
     return _factorized((x, b, a, values, offsets, None, scaling, *rest), device, "backward")
 
 

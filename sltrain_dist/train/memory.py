@@ -19,6 +19,7 @@ estimate is that of the larger moment. tools/plan.py has the same by running the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -155,7 +156,7 @@ def _reduced(config: TrainConfig, elements: Elements, half: bool) -> int:
     return 3 * 4 * elements.vocabulary if config.engine.engine == "fsdp" else 0
 
 
-def zero_config(config: TrainConfig, ranks: int) -> dict[str, object]:
+def zero_config(config: TrainConfig, ranks: int) -> dict[str, Any]:
     """The DeepSpeed configuration that the run would hand over."""
     return resolve_ds_config(config.engine.ds_config, config.engine, config.optimizer, ranks)
 
@@ -172,9 +173,9 @@ def _activations(config: TrainConfig, paths: LinearPaths, device: str) -> dict[s
     selective = config.activation_checkpointing == "selective"
     norms = 2 if selective else 4
     layer = norms * outside + (2 * hidden + 2 * key + (2 if selective else 3) * ff) // tp
-    if method.method == "low_rank":
-        layer += 7 * method.rank
-    elif "factorized" in paths.chosen.values() and paths.keeps_hidden:
+    if method.method == "low_rank" or (
+        "factorized" in paths.chosen.values() and paths.keeps_hidden
+    ):
         layer += 7 * method.rank
     layers = model.num_hidden_layers
     if config.activation_checkpointing == "block":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sltrain_dist.tools.plan import Request, configure, parse_bytes, plan, settle, blank_model
+from sltrain_dist.tools.plan import Request, blank_model, configure, parse_bytes, plan, settle
 from sltrain_dist.tools.plan_live import Live
 from sltrain_dist.train.memory import KINDS
 from sltrain_dist.utils.errors import UserError
