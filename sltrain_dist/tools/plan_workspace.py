@@ -61,7 +61,7 @@ def _loss(args: tuple[Any, ...], device: str) -> int:
     hidden, weight = args[:2]
     (tokens, width), rows = hidden.shape, weight.shape[0]
     declared = cross_entropy.workspace_bytes(tokens, width, rows, hidden.dtype, device)
-    return declared - (weight.numel() + hidden.numel()) * 4
+    return declared - int(weight.numel() + hidden.numel()) * 4
 
 
 def _element(x: Tensor, device: str) -> int:
