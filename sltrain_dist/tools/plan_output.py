@@ -83,7 +83,7 @@ def draw(path: str, plan: Plan) -> None:
         for kind, colour in zip(KINDS, _COLOURS, strict=True):
             height = sizes[kind] / unit
             axes.bar(place, height, 0.6, bottom, color=colour, label=kind if place == 0 else None)
-            if height > 0.03 * sum(sizes[k] for k in KINDS) / unit:
+            if height > 0.05 * sum(sizes[k] for k in KINDS) / unit:
                 axes.text(place, bottom + height / 2, f"{height:.2f}", ha="center", va="center", fontsize=8, color="white")  # fmt: skip
             bottom += height
         axes.text(place, bottom, f"{bottom:.2f}", ha="center", va="bottom")
