@@ -66,7 +66,7 @@ def test_eight_bits_and_per_layer():
     usual = planned("--optimizer=adamw").measured.peak
     small = planned("--optimizer=adam8bit_per_layer", "--embedding_state_bits=8").measured.peak
     assert small["optimizer"] == pytest.approx(usual["optimizer"] * (1 + 4 / 256) / 4, rel=0.02)
-    assert small["gradients"] < usual["gradients"] or small["gradients"] == 0
+    assert small["gradients"] <= usual["gradients"]
 
 
 def test_checkpointing_keeps_less():
