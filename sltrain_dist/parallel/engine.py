@@ -292,6 +292,16 @@ def _zero(*args: Any) -> Engine:
 ENGINES: dict[str, Builder] = {"fsdp": _fsdp, "zero": _zero}
 
 
+def load_libraries(engine: str) -> None:
+    """Import what the engine needs, as building it would: libraries take memory, too."""
+    if engine == "zero":
+        from sltrain_dist.parallel.zero import load_deepspeed
+
+        load_deepspeed()
+    else:
+        import sltrain_dist.parallel.fsdp  # noqa: F401
+
+
 def build_engine(
     model_factory: ModelFactory,
     mesh: Mesh,

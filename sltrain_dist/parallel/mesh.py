@@ -14,6 +14,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from sltrain_dist.utils.errors import UserError
 
 TP_AXIS, REPLICATE_AXIS, SHARD_AXIS, DP_AXIS = "tp", "replicate", "shard", "dp"
+_FAKE = "fake"  # torch's name of the process group without processes
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -69,7 +71,7 @@ class Mesh:
         """This rank's place among those FSDP2 shards over."""
         return self.dp_rank % self.shard_size
 
-    @property
+    @cached_property
     def data_mesh(self) -> DeviceMesh:
         """What `fully_shard` takes: the shard axis, or replicate x shard (HSDP)."""
         if self.replicate_size == 1:
@@ -162,23 +164,58 @@ def initialise(
             timeout=timedelta(seconds=timeout),
             device_id=own_device if on_gpu else None,
         )
+    mesh = _arrange(rank, world_size, local_rank, own_device, tensor_parallel, replicate)
+    for axes in (
+        mesh.device_mesh,
+        mesh.host_mesh,
+    ):  # whose groups have torch's own timeout, 30 minutes
+        for group in (*axes.get_all_groups(), mesh.dp_group):
+            _set_pg_timeout(timedelta(seconds=timeout), group)
+    return mesh
+
+
+def imagine(world_size: int, tensor_parallel: int = 1, replicate: int = 1) -> Mesh:
+    """The first rank of so many, on torch's fake process group: collectives return at once, with no numbers.
+
+    For planning. The device is the CPU, and this process must not be in a process group; `close` leaves it.
+
+    Raises:
+        UserError: ranks that do not divide.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    check_axes(world_size, tensor_parallel, replicate)
+    dist.init_process_group(_FAKE, store=FakeStore(), rank=0, world_size=world_size)
+    mesh = _arrange(0, world_size, 0, torch.device("cpu"), tensor_parallel, replicate)
+    assert (
+        mesh.data_mesh.get_coordinate() is not None
+    )  # made now: its numbers must not be fake tensors
+    return mesh
+
+
+def _arrange(
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    device: torch.device,
+    tensor_parallel: int,
+    replicate: int,
+) -> Mesh:
+    """The axes and their groups, of ranks that have joined."""
     shape = (world_size // tensor_parallel // replicate, tensor_parallel)
     ranks = torch.arange(world_size).view(replicate, *shape).permute(2, 0, 1)
     names = (TP_AXIS, REPLICATE_AXIS, SHARD_AXIS)
-    device_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=names)
+    device_mesh = DeviceMesh(device.type, ranks, mesh_dim_names=names)
     host_mesh = device_mesh
-    if device_type != "cpu":
+    if device.type != "cpu":
         only_gloo = (("gloo", None),) * len(names)  # else NCCL is joined once more for each axis
         host_mesh = DeviceMesh("cpu", ranks, mesh_dim_names=names, backend_override=only_gloo)
     dp_mesh = device_mesh[SHARD_AXIS]
     if replicate > 1:
         dp_mesh = device_mesh[REPLICATE_AXIS, SHARD_AXIS]._flatten(DP_AXIS)
-    for axes in (device_mesh, host_mesh):  # whose groups have torch's own timeout, 30 minutes
-        for group in (*axes.get_all_groups(), dp_mesh.get_group()):
-            _set_pg_timeout(timedelta(seconds=timeout), group)
     return Mesh(
         rank, world_size, local_rank, rank // tensor_parallel, world_size // tensor_parallel,
-        rank % tensor_parallel, tensor_parallel, own_device, device_mesh, host_mesh,
+        rank % tensor_parallel, tensor_parallel, device, device_mesh, host_mesh,
         dp_mesh.get_group(),
     )  # fmt: skip
 
@@ -241,6 +278,8 @@ def gather_objects(mesh: Mesh, value: Any, group: dist.ProcessGroup | None = Non
     """
     if mesh.world_size == 1:
         return [value]
+    if dist.get_backend() == _FAKE:
+        return [value] * mesh.world_size  # imagined ranks say what this one says
     values: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(values, value, group=group)
     return values

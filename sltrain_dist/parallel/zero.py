@@ -41,7 +41,7 @@ from sltrain_dist.params import collect_specs
 from sltrain_dist.utils.errors import UserError
 
 
-def _deepspeed() -> Any:
+def load_deepspeed() -> Any:
     """Import DeepSpeed: quiet, on this machine's device, compiling nothing."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -92,7 +92,7 @@ class ZeroEngine:
             # There DeepSpeed has no norm to report, so norm and clipping are done here.
             self._own_clip = resolved["gradient_clipping"]
             resolved["gradient_clipping"] = 0.0
-        deepspeed = _deepspeed()
+        deepspeed = load_deepspeed()
         deepspeed.init_distributed(verbose=False)  # finds the process group of mesh.py
         self._mpu = ModelParallelUnit(mesh)
         _check_by_deepspeed(deepspeed, resolved, self._mpu)

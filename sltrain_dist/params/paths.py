@@ -121,7 +121,7 @@ _BLOCK_SHARE = 0.4  # of the dense rate, for blocks in a matrix-product kernel
 def device_name(device: torch.device) -> str:
     """The model of the processor or GPU."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "a GPU"
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
@@ -149,7 +149,8 @@ def _is_hopeless(key: LinearKey, situation: Situation) -> bool:
 def device_rates(situation: Situation, key: LinearKey) -> Rates:
     """The rates of the device's class for a linear of this kind of support."""
     if situation.device.type == "cuda":
-        major = torch.cuda.get_device_capability(situation.device)[0]
+        here = torch.cuda.is_available()  # planning needs no GPU
+        major = torch.cuda.get_device_capability(situation.device)[0] if here else 9
         major = max(8, min(major, 10))
         dense = _CUDA_DENSE[major] / (1 if situation.dtype == torch.bfloat16 else _CUDA_FLOAT32)
         sparse = None if _is_hopeless(key, situation) else dense * _BLOCK_SHARE

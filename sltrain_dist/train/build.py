@@ -25,15 +25,16 @@ from sltrain_dist.model.llama import Llama
 from sltrain_dist.model.tensor_parallel import parallelize
 from sltrain_dist.ops import kernels
 from sltrain_dist.optim.table import OptimizerFactory, assert_live
-from sltrain_dist.parallel.engine import Engine, ModelFactory, build_engine
+from sltrain_dist.parallel.engine import Engine, ModelFactory, build_engine, load_libraries
 from sltrain_dist.parallel.mesh import Mesh, gather_objects, gather_patiently
 from sltrain_dist.parallel.tensor import TensorParallel, tensor_parallel
 from sltrain_dist.params import count_parameters
 from sltrain_dist.train.checkpoint import Found, find, load
 from sltrain_dist.train.init_from import start_from
 from sltrain_dist.train.linear_paths import LinearPaths, decide
+from sltrain_dist.train.memory import estimate_memory
 from sltrain_dist.train.run_folder import Records, choose_folder, claim_folder, lock_folder
-from sltrain_dist.train.summary import estimate_memory, peak_memory, print_summary, say
+from sltrain_dist.train.summary import peak_memory, print_summary, say
 from sltrain_dist.train.tracker import NoTracker, Tracker, check_tracker, open_tracker
 from sltrain_dist.utils.errors import UserError
 
@@ -101,6 +102,9 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     tp = tensor_parallel(mesh, config.engine)
     blank = make_model(config, attention, norm, None, tp, device="meta", dtype=torch.float32)
     parameters = count_parameters(blank)
+    load_libraries(config.engine.engine)
+    if "8bit" in config.optimizer.name:
+        import bitsandbytes  # noqa: F401
     baseline = peak_memory(mesh)
     _check_kernels(mesh)
     paths = on_first(mesh, lambda: decide(config, blank, mesh.device, found.folder), patient=True)
@@ -117,7 +121,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     records = Records(folder, mesh.is_first)
     tracker = open_tracker(config, folder) if mesh.is_first else NoTracker()
     sharding = mesh.shard_size if config.engine.engine == "fsdp" else mesh.dp_size
-    estimate = estimate_memory(config, parameters, sharding, paths)
+    estimate = estimate_memory(config, parameters, sharding, paths, mesh.device.type)
     run = Run(
         config, mesh, data, engine, records, tracker, parameters, estimate, paths, baseline,
         lock=lock,

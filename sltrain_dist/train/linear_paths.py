@@ -65,13 +65,18 @@ class LinearPaths:
 
 
 def decide(
-    config: TrainConfig, model: nn.Module, device: torch.device, checkpoint: Path | None
+    config: TrainConfig,
+    model: nn.Module,
+    device: torch.device,
+    checkpoint: Path | None,
+    timing: bool = True,
 ) -> LinearPaths:
     """Choose for every linear of ``model``; on one rank, the others are told.
 
     Args:
         model: of the run's shapes; on the meta device.
         checkpoint: the step_N folder the run continues from.
+        timing: False leaves what is close to the cost model too; the device need not be there.
     """
     tokens = config.engine.batch_size * config.data.sequence_length
     keep_hidden = {"auto": None, "yes": True, "no": False}[config.keep_hidden]
@@ -92,7 +97,7 @@ def decide(
             chosen[text], sources[text] = path, "checkpoint"
         elif (path := cache.get(text)) is not None:
             chosen[text], sources[text] = path, "cached"
-        elif not paths.is_close(key, situation):
+        elif not timing or not paths.is_close(key, situation):
             chosen[text], sources[text] = paths.settled(key, situation), "predicted"
     open_ = {text: key for text, key in keys.items() if text not in chosen}
     for text, key in open_.items():

@@ -1,17 +1,4 @@
-"""What a user reads before training: the run in a screenful, and an estimate of its memory.
-
-The estimate adds up, per rank, with P trained elements, n ranks, w bytes a weight:
-    (under tensor parallelism P, states and indices are first divided by its ranks t)
-    weights     P w, over n under ZeRO-3 and FSDP2; plus the fp32 master, 4 P, sharded from ZeRO-1 on
-    gradients   4 P (accumulated in fp32), over n from ZeRO-2 on
-    optimizer   4 P for each state, over n from ZeRO-1 on
-    indices     1 or 4 bytes per entry of S, over n under ZeRO-3 and FSDP2
-    activations per token and layer what autograd keeps, 7 D + 3 F + D KV/H elements (D alone under
-                checkpointing "block", and one layer whole; 2 D + F fewer under "selective"), 7 r where h is kept,
-                and, where a linear is composed, W of the
-                largest one, twice, else the workspace of the largest factorized one
-    loss        fp32 logits of one chunk and the gradients of head and hidden states
-"""
+"""What a user reads before training: the run in a screenful, with an estimate of its memory (train.memory)."""
 
 import resource
 import sys
@@ -21,79 +8,20 @@ import torch
 
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.model.flops import model_flops_per_token
-from sltrain_dist.ops import factorized
 from sltrain_dist.optim.table import describe
 from sltrain_dist.parallel.mesh import Mesh, max_over_ranks
-from sltrain_dist.train.linear_paths import LinearPaths
 
 if TYPE_CHECKING:
     from sltrain_dist.train.build import Run
 
 # Dense bf16 FLOP/s without sparsity, from the vendors' data sheets.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-_STATES = {"adamw": 2, "adam": 2, "sgd": 1, "adafactor": 0}
-_LOSS_CHUNK = 1024  # tokens whose logits are alive at once, about
 
 
 def say(mesh: Mesh, text: str) -> None:
     """Print on the first rank alone."""
     if mesh.is_first:
         print(text, flush=True)
-
-
-def estimate_memory(
-    config: TrainConfig, parameters: dict[str, int], ranks: int, paths: LinearPaths
-) -> dict[str, int]:
-    """Bytes per rank by purpose (see the top of this file), and their "total"."""
-    engine, model = config.engine, config.model
-    stage = 3 if engine.engine == "fsdp" else engine.stage
-    tp = engine.tensor_parallel
-    elements, half = parameters["total"] // tp, engine.dtype == "bfloat16"
-    width = 2 if half else 4
-    states = 4 * _STATES.get(config.optimizer.name, 2) * elements
-    if not engine.master_weights and engine.engine == "fsdp":
-        states //= 2
-    master = 4 * elements if half and engine.master_weights else 0
-    weights = 0 if master and engine.engine == "fsdp" else elements * width
-    tokens = engine.batch_size * config.data.sequence_length
-    hidden, ff = model.hidden_size, model.padded_intermediate_size
-    kv = hidden * model.num_key_value_heads // model.num_attention_heads
-    # whole between the regions but for sequence parallelism; inside them a part of heads and of F
-    norms, products = (1, 2) if config.activation_checkpointing == "selective" else (3, 3)
-    outside = norms * hidden // (tp if engine.sequence_parallel else 1)
-    layer = (outside + (4 * hidden + products * ff + kv) // tp) * width
-    if "factorized" in paths.chosen.values() and paths.keeps_hidden:
-        layer += 7 * config.method.rank * width
-    layers = model.num_hidden_layers
-    if config.activation_checkpointing == "block":
-        activations = tokens * (hidden * width * layers + layer)
-    else:
-        activations = tokens * layer * layers
-    if "composed" in paths.chosen.values():
-        activations += 2 * hidden * ff // tp * width
-    elif "factorized" in paths.chosen.values():
-        ff //= tp
-        entries, threads = int(config.method.density * hidden * ff), torch.get_num_threads()
-        rank = config.method.rank
-        activations += factorized.workspace_bytes(ff, hidden, entries, rank, tokens, threads)[
-            "backward"
-        ]
-    chunk = min(tokens, _LOSS_CHUNK)
-    vocabulary = model.padded_vocab_size // tp
-    loss = 2 * 4 * chunk * vocabulary + 4 * vocabulary * hidden
-
-    def sharded(size: int, from_stage: int) -> int:
-        return size // ranks if stage >= from_stage else size
-
-    result = {
-        "weights": sharded(weights, 3) + sharded(master, 1),
-        "gradients": sharded(4 * elements, 2),
-        "optimizer": sharded(states, 1),
-        "indices": sharded(parameters["indices_bytes"] // tp, 3),
-        "activations": activations,
-        "loss": loss,
-    }
-    return result | {"total": sum(result.values())}
 
 
 def peak_flops() -> float | None:
@@ -141,7 +69,9 @@ def print_summary(run: "Run", attention: str, norm: str) -> None:
     )
     left = config.optimizer.total_steps - run.step
     parts = ", ".join(
-        f"{name} {human_bytes(size)}" for name, size in run.estimate.items() if name != "total"
+        f"{name} {human_bytes(size)}"
+        for name, size in run.estimate.items()
+        if size and name != "total"
     )
     held = run.engine.held_bytes()
     rows = {

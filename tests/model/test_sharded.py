@@ -60,7 +60,7 @@ def under_fsdp2(mesh: Any, config: ModelConfig) -> list[Result]:
 def under_zero3(mesh: Any, config: ModelConfig) -> Result:
     """Stage 3 with every parameter partitioned; the second update uses refreshed shards."""
     # The engine's own import: DeepSpeed by itself would compile a shared-memory all-reduce first.
-    deepspeed = zero._deepspeed()
+    deepspeed = zero.load_deepspeed()
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo")
     model = filled(config, SLTRAIN, checkpointing="block")
