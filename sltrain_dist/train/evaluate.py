@@ -4,6 +4,7 @@ Both run on all ranks: a sharded model can only be called by everyone together.
 """
 
 import math
+import time
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.mesh import Mesh, sum_over_ranks
+from sltrain_dist.parallel.mesh import Mesh, max_over_ranks, sum_over_ranks
 from sltrain_dist.utils import counter_random
 
 Batch = dict[str, Tensor]
@@ -72,8 +73,11 @@ def write_text(
     stop: int | None,
     temperature: float = 0.8,
     seed: int = 0,
+    seconds: float = math.inf,
 ) -> list[int]:
-    """Continue ``prompt`` by up to ``count`` tokens; every rank gets the same ones.
+    """Continue ``prompt`` by up to ``count`` tokens, or as many as the first one's time lets expect in ``seconds``.
+
+    Every rank gets the same ones.
 
     Tokens are drawn from softmax(logits / temperature) by counter-based numbers, so no rank's
     generator is touched. There is no cache: this is for a glance after training.
@@ -87,8 +91,9 @@ def write_text(
     module.eval()
     tokens = list(prompt)
     key = counter_random.key(seed, "sample")
+    number, began = 0, time.perf_counter()
     with torch.no_grad():
-        for number in range(count):
+        while number < count:
             context = tokens[-window:]
             # Sequence parallelism wants a multiple of its ranks; nothing looks at what follows it.
             padding = [0] * (-len(context) % engine.mesh.tp_size)
@@ -100,5 +105,10 @@ def write_text(
             if token == stop:
                 break
             tokens.append(token)
+            number += 1
+            if number == 1:
+                taken = torch.tensor(time.perf_counter() - began)
+                slowest = max_over_ranks(engine.mesh, taken).item()
+                count = min(count, max(1, int(min(seconds / slowest, count))))
     module.train(training)
     return tokens

@@ -23,6 +23,7 @@ from sltrain_dist.train.summary import human_bytes, peak_memory, say, throughput
 from sltrain_dist.utils.errors import UserError
 
 SAMPLE_TOKENS = 80
+SAMPLE_SECONDS = 30.0  # a 7B on a CPU takes as long for two tokens
 SKIPS_IN_A_ROW = 20  # updates without a finite gradient before a run gives up
 
 
@@ -198,7 +199,12 @@ def _finish(
     prompt = tokenizer.encode_batch(["def "])[0] or [tokenizer.eos_id]
     window = run.config.data.sequence_length
     written = write_text(
-        run.engine, prompt, count=SAMPLE_TOKENS, window=window, stop=tokenizer.eos_id
+        run.engine,
+        prompt,
+        count=SAMPLE_TOKENS,
+        window=window,
+        stop=tokenizer.eos_id,
+        seconds=SAMPLE_SECONDS,
     )
     text = tokenizer.decode(written)
     run.records.sample(text)
