@@ -110,7 +110,7 @@ def on_device(micro_batches: list[Batch], device: torch.device) -> list[tuple[Te
     return list(zip(*moved, strict=True))
 
 
-def _watch(run: Run, norm: float, blocks: int) -> None:
+def _watch(run: Run, norm: float, blocks: int = 0) -> None:
     """Say when an update, or ``blocks`` of it, was skipped because its gradient was not finite; give up after many in a row."""
     if math.isfinite(norm) and not blocks:
         run.skipped = 0

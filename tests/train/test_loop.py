@@ -20,6 +20,9 @@ def test_skipped_updates_are_said_once_and_end_the_run(capsys):
     assert capsys.readouterr().out.count("update 8 skipped") == 1
     loop._watch(run, 1.0)
     assert run.skipped == 0
+    loop._watch(run, 1.0, blocks=2)  # per-layer updates leave single blocks alone
+    assert "warning: 2 blocks of update 8 skipped" in capsys.readouterr().out
+    loop._watch(run, 1.0)
     for _ in range(loop.SKIPS_IN_A_ROW - 1):
         loop._watch(run, float("inf"))
     with pytest.raises(UserError, match=r"--lr 0\.1"):
