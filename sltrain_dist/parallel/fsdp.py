@@ -148,6 +148,8 @@ class FsdpEngine:
                 if "step" in state:
                     state["step"] = state["step"] + 1
         self._forget(names)
+        if self._layers is not None and self.mesh.device.type == "cpu":
+            return_freed_memory()
         return value
 
     def _forget(self, names: Iterable[str]) -> None:
@@ -268,10 +270,10 @@ class FsdpEngine:
         return total.sqrt().float().to(self.home)
 
     def _trim_heap(self) -> None:
-        """Return what the blocks' forward has freed before the largest layer needs its workspace."""
-        for name, module in self.module.named_modules():
-            if name == "lm_head":
-                module.register_forward_pre_hook(lambda *_: return_freed_memory())
+        """Return what a block's forward has freed, its gathered weights first, before the next one's are gathered."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule) and module is not self.module:
+                module.register_forward_hook(lambda *_: return_freed_memory())
 
     def _accumulate_in_float32(self) -> None:
         """Move each reduced bfloat16 gradient into a float32 sum as soon as FSDP2 has written it."""
