@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sltrain_dist.parallel.fake import DTensor
 from sltrain_dist.tools.plan_workspace import workspace
 from sltrain_dist.train.memory import KINDS
 

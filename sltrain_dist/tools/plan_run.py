@@ -14,10 +14,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed._tools.fake_collectives
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.ops import precision
@@ -25,6 +23,7 @@ from sltrain_dist.optim import blockwise
 from sltrain_dist.optim.table import OptimizerFactory
 from sltrain_dist.parallel import mesh as meshes
 from sltrain_dist.parallel.engine import build_engine
+from sltrain_dist.parallel.fake import fsdp_param
 from sltrain_dist.parallel.mesh import Mesh
 from sltrain_dist.parallel.tensor import tensor_parallel
 from sltrain_dist.params import ParameterSpec
@@ -155,19 +154,19 @@ def _quick() -> Iterator[None]:
         own = tensor.narrow(dim, 0, -(-tensor.shape[dim] // count))
         return [own] * count  # of the first rank, which is all that is read
 
-    reset = _fsdp_param.FSDPParam.reset_sharded_param
+    reset = fsdp_param.FSDPParam.reset_sharded_param
     padded: set[int] = set()
 
-    def reset_once(self: _fsdp_param.FSDPParam) -> None:
+    def reset_once(self: fsdp_param.FSDPParam) -> None:
         if id(self) not in padded:
             reset(self)
             if not self._sharded_param_data.is_meta:
                 padded.add(id(self))
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_fsdp_param, "_chunk_with_empty", chunks))
+        stack.enter_context(mock.patch.object(fsdp_param, "_chunk_with_empty", chunks))
         stack.enter_context(
-            mock.patch.object(_fsdp_param.FSDPParam, "reset_sharded_param", reset_once)
+            mock.patch.object(fsdp_param.FSDPParam, "reset_sharded_param", reset_once)
         )
         stack.enter_context(mock.patch.dict(blockwise._MAPS, clear=True))
         stack.enter_context(warnings.catch_warnings())
