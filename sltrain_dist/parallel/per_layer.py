@@ -41,7 +41,6 @@ class LayerUpdates:
         lagged: bool,
     ) -> None:
         self._mesh, self._units, self._update, self._lagged = mesh, units, update, lagged
-        self.lr = 0.0
         self.last_norm: float | None = None  # of the update before
         self._last: bool  # this is the update's last micro-batch
         self._broken: bool  # a loss of this update was not finite

@@ -11,7 +11,6 @@ bucket of b elements (0.19; runtime/zero/stage_1_and_2.py and stage3.py), this e
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.optim.table import OptimizerFactory
 from sltrain_dist.parallel.mesh import Mesh
+from sltrain_dist.parallel.quantised import blocks
 from sltrain_dist.params import collect_specs
 from sltrain_dist.tools.plan_live import Live
 from sltrain_dist.train.memory import zero_config
-
-_BLOCK = 256  # elements that share a float32 scale, in 8-bit moments
 
 
 class ZeroRank:
@@ -69,7 +67,7 @@ class ZeroRank:
         if self.stage == 3:
             self._shard(trained, zero)
         for parameter in trained.values():
-            parameter.register_post_accumulate_grad_hook(partial(self._arrived))
+            parameter.register_post_accumulate_grad_hook(self._arrived)
         self._touched = min(self._bucket_size, self.elements)
 
     @property
@@ -148,4 +146,4 @@ def _moment(size: int, bits: int) -> list[Tensor]:
     """One moment of ``size`` elements."""
     if bits == 32:
         return [torch.empty(size)]
-    return [torch.empty(size, dtype=torch.uint8), torch.empty(-(-size // _BLOCK))]
+    return [torch.empty(size, dtype=torch.uint8), torch.empty(blocks(size))]
