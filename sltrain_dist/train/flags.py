@@ -91,7 +91,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("eps", "of adam and adamw", 1e-8, float),
         Flag("grad_clipping", "largest global gradient norm; 0 is off", 0.0, float),
         Flag("batch_size", "sequences per micro-batch and rank; derived: what divides the total, at most 16", kind=int),
-        Flag("total_batch_size", "sequences per update, over all ranks and micro-batches", kind=int),
+        Flag("total_batch_size", "sequences per update, over all ranks and micro-batches; default the recipe's, but --per_layer with --batch_size updates on every micro-batch", kind=int),
         Flag("gradient_accumulation", "micro-batches per update; derived from the batch sizes", kind=int),
         Flag("num_training_steps", "updates", 1000, int),
         Flag("max_train_tokens", "tokens, with K, M or B; overrides --num_training_steps", kind=token_count),

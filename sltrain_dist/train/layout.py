@@ -50,8 +50,10 @@ def finish_batches(settings: dict[str, Any], given: dict[str, Any], dp_size: int
     batch, total, steps = (
         settings["batch_size"], settings["total_batch_size"], settings["gradient_accumulation"],
     )  # fmt: skip
-    if "total_batch_size" not in given and steps is not None and batch is not None:
-        total = batch * steps * dp_size
+    if "total_batch_size" not in given and batch is not None:
+        # Accumulating needs a gradient of every weight, which --per_layer is there to avoid.
+        steps = steps or (1 if settings["per_layer"] else None)
+        total = batch * steps * dp_size if steps else total
     if total is None:
         batch = batch or 8
         total = batch * (steps or 1) * dp_size

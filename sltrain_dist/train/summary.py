@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,12 +54,17 @@ def human_bytes(size: int) -> str:
 
 def peak_memory(mesh: Mesh) -> int:
     """Bytes: the most any rank has used so far, of GPU memory or else resident in RAM."""
-    if mesh.device.type == "cuda":
-        used = torch.cuda.max_memory_allocated()
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    used = torch.cuda.max_memory_allocated() if mesh.device.type == "cuda" else peak_resident()
     return int(max_over_ranks(mesh, torch.tensor(used)))
+
+
+def peak_resident() -> int:
+    """Bytes of RAM at this program's peak; getrusage also counts the process that started it, before its exec."""
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def print_summary(run: "Run", attention: str, norm: str) -> None:

@@ -36,13 +36,14 @@ WITHOUT_BUCKETS = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1_000
 def main(kind: str, dtype: str) -> None:
     """Print by how many bytes building grows the process at its peak, and what the engine holds of it."""
     from sltrain_dist.parallel.mesh import close, initialise
+    from sltrain_dist.train.summary import peak_resident
 
     mesh = initialise(device="cpu")
     options = {"ds_config": WITHOUT_BUCKETS} if kind == "zero3" else {}
     tiny.build(mesh, kind, model=SMALLEST, method=FULL, dtype=dtype, **options)  # imports
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     engine = tiny.build(mesh, kind, model=LARGE, method=FULL, dtype=dtype, **options)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident()
     elements = sum(spec.logical_numel for spec in engine.specs.values())  # type: ignore[attr-defined]
     held = engine.held_bytes()["parameters"]
     print(json.dumps({"growth": peak - before, "elements": elements, "held": held}))
@@ -64,6 +65,14 @@ def test_building_never_holds_the_model_twice(kind: str, dtype: str) -> None:
     assert found["held"] > 100e6
     assert slack < found["held"] / 2  # a second copy would not go unnoticed
     assert expected - slack < found["growth"] < expected + slack
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    ballast = b"1" * 1_500_000_000
+    code = "from sltrain_dist.train.summary import peak_resident; print(peak_resident())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50e6 < int(done.stdout) < len(ballast)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,9 @@ def test_master_weights_of_the_ds_json(tmp_path):
         ("--total_batch_size 64 --gradient_accumulation 4", 2, (8, 64, 4)),
         ("--batch_size 4 --gradient_accumulation 3", 2, (4, 24, 3)),
         ("--total_batch_size 34", 2, (1, 34, 17)),
+        ("--model llama_60m --batch_size 8", 2, (8, 512, 32)),
+        ("--model llama_60m --batch_size 8 --per_layer", 2, (8, 16, 1)),
+        ("--model llama_60m --batch_size 8 --per_layer --total_batch_size 64", 2, (8, 64, 4)),
         ("--total_batch_size 6 --batch_size 3 --gradient_accumulation 2", 1, (3, 6, 2)),
     ],
 )
