@@ -60,9 +60,9 @@ def peak_memory(mesh: Mesh) -> int:
 
 def peak_resident() -> int:
     """Bytes of RAM at this program's peak; getrusage also counts the process that started it, before its exec."""
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
