@@ -281,6 +281,9 @@ class OptimizerConfig:
     embedding_state_bits: Literal[8, 32] = 32  # of embedding's and head's moments, of 8-bit ones
     per_layer_clip: Literal["error", "block", "lagged"] = "error"  # what clipping means per layer
     rounding: Literal["nearest", "stochastic"] = "nearest"  # of bfloat16 weights without masters
+    proj_rank: int = 128  # that GaLore and APOLLO project gradients of matrices to
+    update_proj_gap: int = 200  # updates between their projections
+    proj_scale: float | None = None  # of the projected updates; None: the method's own
     seed: int = 42  # of stochastic rounding
 
 

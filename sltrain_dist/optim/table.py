@@ -5,9 +5,8 @@ whose state tensors exist from the start, so that a checkpoint can be read or wr
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,43 +15,19 @@ from torch.optim import Optimizer
 from sltrain_dist.config import OptimizerConfig
 from sltrain_dist.optim.adafactor import Adafactor
 from sltrain_dist.optim.blockwise import MOMENTS, SCALES, BlockwiseAdam
+from sltrain_dist.optim.muon import MUON
+from sltrain_dist.optim.packages import NAMES, package_row
+from sltrain_dist.optim.row import VOCABULARY, Row, Shape, adam_arguments, adam_states, fill_missing
 from sltrain_dist.parallel.engine import Group, Trained
 from sltrain_dist.utils.errors import UserError
 
-Counter = Literal["tensor", "int", "group", "none"]
 _SMALL = 4096  # elements of a parameter, all ranks together, below which moments stay float32
-_VOCABULARY = ("model.embed_tokens.", "lm_head.")
 _VECTORS = ("norm.weight", ".bias")  # one per feature: few, and each matters
-
-
-@dataclass(frozen=True)
-class Row:
-    """One optimizer.
-
-    kind: exact class of the live optimizer. arguments: its keyword arguments from the flags.
-    states: names of its state tensors for a parameter with so many dimensions.
-    whole_matrices: it looks at rows and columns, so it cannot work on shards.
-    counter: where its number of updates stands: in each state as a tensor or an int, or in the groups.
-    bits: of its moments, where a parameter is large enough.
-    """
-
-    kind: type[Optimizer]
-    arguments: Callable[[OptimizerConfig], dict[str, Any]]
-    states: Callable[[OptimizerConfig, int], tuple[str, ...]]
-    whole_matrices: bool = False
-    counter: Counter = "tensor"
-    bits: int = 32
 
 
 def _adam(config: OptimizerConfig) -> dict[str, Any]:
     # Fused: one pass over memory, also on CPU, where the plain loop takes several times as long.
-    return {
-        "lr": config.lr,
-        "betas": config.betas,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-        "fused": True,
-    }
+    return adam_arguments(config) | {"fused": True}
 
 
 def _sgd(config: OptimizerConfig) -> dict[str, Any]:
@@ -68,38 +43,30 @@ def _adafactor(config: OptimizerConfig) -> dict[str, Any]:
     return {"lr": config.lr, "beta1": config.momentum, "weight_decay": config.weight_decay}
 
 
-def _adam_states(config: OptimizerConfig, dim: int) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq")
+def _sgd_states(config: OptimizerConfig, shape: Shape, matrix: bool) -> dict[str, Shape]:
+    return {"momentum_buffer": shape} if config.momentum else {}
 
 
-def _sgd_states(config: OptimizerConfig, dim: int) -> tuple[str, ...]:
-    return ("momentum_buffer",) if config.momentum else ()
-
-
-def _adafactor_states(config: OptimizerConfig, dim: int) -> tuple[str, ...]:
-    second = ("row_mean", "column_mean") if dim >= 2 else ("mean",)
-    return (*second, "exp_avg") if config.momentum else second
+def _adafactor_states(config: OptimizerConfig, shape: Shape, matrix: bool) -> dict[str, Shape]:
+    means = {"row_mean": shape[:-1], "column_mean": (*shape[:-2], *shape[-1:])}
+    second = means if len(shape) >= 2 else {"mean": shape}
+    return second | ({"exp_avg": shape} if config.momentum else {})
 
 
 def _blockwise(config: OptimizerConfig) -> dict[str, Any]:
-    arguments = _adam(config) | {
-        "stochastic": config.rounding == "stochastic",
-        "seed": config.seed,
-    }
-    del arguments["fused"]
-    return arguments
+    stochastic = config.rounding == "stochastic"
+    return adam_arguments(config) | {"stochastic": stochastic, "seed": config.seed}
 
 
 OPTIMIZERS: dict[str, Row] = {
-    "adamw": Row(torch.optim.AdamW, _adam, _adam_states),
-    "adam": Row(torch.optim.Adam, _adam, _adam_states),
+    "adamw": Row(torch.optim.AdamW, _adam, adam_states),
+    "adam": Row(torch.optim.Adam, _adam, adam_states),
     "sgd": Row(torch.optim.SGD, _sgd, _sgd_states, counter="none"),
     "adafactor": Row(Adafactor, _adafactor, _adafactor_states, whole_matrices=True),
-    "adamw8bit": Row(BlockwiseAdam, _blockwise, _adam_states, counter="int", bits=8),
-    "adam8bit": Row(BlockwiseAdam, _blockwise, _adam_states, counter="int", bits=8),
+    "adamw8bit": Row(BlockwiseAdam, _blockwise, adam_states, counter="int", bits=8),
+    "adam8bit": Row(BlockwiseAdam, _blockwise, adam_states, counter="int", bits=8),
+    "muon": MUON,
 }
-# NVIDIA apex's one-launch-for-all-tensors Adam, where it is installed; imported when it is asked for.
-_APEX = {"apex_adamw": True, "apex_adam": False}  # name -> decoupled weight decay
 
 
 def optimizer_row(config: OptimizerConfig) -> Row:
@@ -109,17 +76,17 @@ def optimizer_row(config: OptimizerConfig) -> Row:
         UserError: an unknown name, a package that is missing, or something it cannot do.
     """
     name = config.name
-    if name in _APEX:
-        row = _apex_row(name)
+    if name in NAMES:
+        row = package_row(name)
     elif name in OPTIMIZERS:
         row = OPTIMIZERS[name]
     else:
         raise UserError(
-            f"--optimizer {name}: unknown; optimizers are {', '.join((*OPTIMIZERS, *_APEX))}"
+            f"--optimizer {name}: unknown; optimizers are {', '.join((*OPTIMIZERS, *NAMES))}"
         )
     if config.rounding == "stochastic":
         if name in ("adam", "adamw"):
-            row = Row(BlockwiseAdam, _blockwise, _adam_states, counter="int")
+            row = Row(BlockwiseAdam, _blockwise, adam_states, counter="int")
         elif row.kind is not BlockwiseAdam:
             raise UserError(
                 f"--master_weights stochastic: --optimizer {name} rounds to nearest; take adamw, adam, adamw8bit or adam8bit"
@@ -139,26 +106,6 @@ def _check_blockwise(config: OptimizerConfig, row: Row) -> None:
         raise UserError(
             f"--optimizer {config.name}: bitsandbytes is not installed; pip install bitsandbytes, or use --optimizer adamw"
         )
-
-
-def _apex_row(name: str) -> Row:
-    plain = name.removeprefix("apex_")
-    if not torch.cuda.is_available():
-        raise UserError(f"--optimizer {name}: needs a CUDA GPU; use --optimizer {plain}")
-    try:
-        from apex.optimizers import FusedAdam
-    except ImportError as error:
-        raise UserError(
-            f"--optimizer {name}: apex does not import ({error}); build "
-            f"https://github.com/NVIDIA/apex with its CUDA extensions, or use --optimizer {plain}"
-        ) from None
-
-    def arguments(config: OptimizerConfig) -> dict[str, Any]:
-        ours = _adam(config) | {"adam_w_mode": _APEX[name]}
-        del ours["fused"]
-        return ours
-
-    return Row(FusedAdam, arguments, _adam_states, counter="group")
 
 
 class OptimizerFactory:
@@ -186,24 +133,28 @@ class OptimizerFactory:
         if sharded and self.row.whole_matrices:
             raise UserError(
                 f"--optimizer {self.config.name}: needs whole matrices, but {description} cuts them;"
-                " use one process with --engine fsdp, or ZeRO stage 0, or --optimizer adamw"
+                " use one process, or --replicate for as many copies as there are ranks, or ZeRO stage 0, or --optimizer adamw"
             )
 
     def bits(self, name: str, numel: int) -> int:
         """8 or 32: norms, biases and small tensors keep 32-bit moments, embedding and head by --embedding_state_bits."""
         if self.row.bits == 32 or numel < _SMALL or name.endswith(_VECTORS):
             return 32
-        return self.config.embedding_state_bits if name.startswith(_VOCABULARY) else 8
+        return self.config.embedding_state_bits if name.startswith(VOCABULARY) else 8
 
     def build(self, trained: Sequence[Trained]) -> Optimizer:
-        """The live optimizer, its parameters in one group for each number of bits; there may be none on a rank."""
-        arguments = self.row.arguments(self.config)
-        groups: dict[int, list[nn.Parameter]] = {bits: [] for bits in {32, self.row.bits}}
+        """The live optimizer, its parameters in groups by bits of their moments and by treatment; there may be none on a rank."""
+        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
         for one in trained:
-            groups[self.bits(one.name, one.numel)].append(one.parameter)
+            matrix = self.row.is_matrix(self.config, one.name, tuple(one.parameter.shape))
+            key = (self.bits(one.name, one.numel), matrix)
+            groups.setdefault(key, []).append(one.parameter)
+        settings = self.row.matrices(self.config) if self.row.matrices is not None else {}
         filled = [
-            {"params": these, "bits": bits} for bits, these in sorted(groups.items()) if these
+            {"params": these, "bits": bits, **(settings if matrix else {})}
+            for (bits, matrix), these in sorted(groups.items(), key=lambda item: item[0])
         ]
+        arguments = self.row.arguments(self.config)
         return self.row.kind(filled or [{"params": [], "bits": 32}], **arguments)
 
     def begin(
@@ -213,22 +164,19 @@ class OptimizerFactory:
 
         A zero state with step 0 is what each of these optimizers would create in its first update.
         """
-        for parameter, group in updated:
-            state = optimizer.state[parameter]
+        for number, (parameter, group) in enumerate(updated, 1):
+            state, matrix = optimizer.state[parameter], group.get("matrix", False)
             if isinstance(optimizer, BlockwiseAdam):
                 optimizer.create_state(parameter, group["bits"])
-            for name in self.row.states(self.config, parameter.dim()):
-                if state.get(name) is None:
-                    state[name] = torch.zeros(
-                        _state_shape(name, parameter),
-                        dtype=parameter.dtype,
-                        device=parameter.device,
-                    )
+            shapes = self.row.states(self.config, tuple(parameter.shape), matrix)
+            fill_missing(state, shapes, parameter.detach())
             if self.row.counter == "tensor":
                 # Fused kernels read the counter on the parameter's device.
                 state["step"] = torch.tensor(float(step), device=parameter.device)
             elif self.row.counter == "int":
                 state["step"] = step
+            if matrix and self.row.prepare is not None:
+                self.row.prepare(state, group, number, step)
         if self.row.counter == "group":
             for group in optimizer.param_groups:
                 group["step"] = step
@@ -236,7 +184,11 @@ class OptimizerFactory:
     def tensors(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The state tensors of ``parameter`` by name, without step counters."""
         state = optimizer.state[parameter]
-        return {name: state[name] for name in self.state_names(parameter.dim())}
+        return {
+            name: value if value.dim() else value.view(1)  # APOLLO makes its norm a scalar
+            for name, value in state.items()
+            if isinstance(value, Tensor) and name != "step"
+        }
 
     def moments(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Codes and scales of a parameter with 8-bit moments, flat; empty where the parameter is."""
@@ -249,19 +201,10 @@ class OptimizerFactory:
         state = optimizer.state[parameter]
         return {name: state[name].view(-1) for name in (*MOMENTS, *SCALES.values())}
 
-    def state_names(self, parameter_dim: int) -> tuple[str, ...]:
-        """Names of 32-bit state tensors of a parameter with so many dimensions."""
-        return self.row.states(self.config, parameter_dim)
-
-
-def _state_shape(name: str, parameter: Tensor) -> tuple[int, ...]:
-    """Adafactor's means drop a dimension; every other state has the parameter's shape."""
-    shape = tuple(parameter.shape)
-    if name == "row_mean":
-        return shape[:-1]
-    if name == "column_mean":
-        return (*shape[:-2], shape[-1])
-    return shape
+    def state_names(self, name: str, shape: Shape) -> tuple[str, ...]:
+        """Names of 32-bit state tensors of the parameter ``name``."""
+        matrix = self.row.is_matrix(self.config, name, shape)
+        return tuple(self.row.states(self.config, shape, matrix))
 
 
 def describe(optimizer: Optimizer) -> dict[str, Any]:

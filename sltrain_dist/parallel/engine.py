@@ -89,8 +89,8 @@ class OptimizerFactory(Protocol):
         """Of a parameter with 8-bit moments codes and scales, flat, as `quantised.Buffer.tensors` has them."""
         ...
 
-    def state_names(self, parameter_dim: int) -> tuple[str, ...]:
-        """Names that ``tensors`` has for a parameter with so many dimensions."""
+    def state_names(self, name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """Names that ``tensors`` has for the parameter ``name`` of this shape over all ranks."""
         ...
 
     def bits(self, name: str, numel: int) -> int:

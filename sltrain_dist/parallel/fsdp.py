@@ -185,7 +185,7 @@ class FsdpEngine:
             state[MODEL + name] = as_dtensor(self.mesh, local.detach(), shape, cut)
             if self._bits(name) == 8:
                 continue
-            for key, tensor in self._optimizer_tensors(local).items():
+            for key, tensor in self._optimizer_tensors(name, local).items():
                 whole = shape if tensor.shape == local.shape else tensor.shape
                 state[optimizer_key(key, name)] = as_dtensor(self.mesh, tensor, whole, cut)
         return state
@@ -229,10 +229,13 @@ class FsdpEngine:
                 total += spec.partial_hash(self.seed, name, start, self.sharded[name].to_local())
         return add_hashes(self.mesh, total & 0xFFFFFFFFFFFFFFFF, self.mesh.replicate_size)
 
-    def _optimizer_tensors(self, local: nn.Parameter) -> dict[str, Tensor]:
+    def _optimizer_tensors(self, name: str, local: nn.Parameter) -> dict[str, Tensor]:
         if local.numel():
             return self.factory.tensors(self.optimizer, local)
-        return {name: local.detach().clone() for name in self.factory.state_names(local.dim())}
+        return {
+            key: local.detach().clone()
+            for key in self.factory.state_names(name, self.specs[name].shape)
+        }
 
     def _settle(self) -> None:
         """Wait for gradients on their way to the host: torch before 2.13 calls hooks without having waited."""

@@ -206,7 +206,7 @@ class ZeroEngine:
             yield MODEL + name, name, parameter, None
             if self.factory.bits(name, self._numel(name)) == 8:
                 continue
-            for key in self.factory.state_names(len(self.specs[name].shape)):
+            for key in self.factory.state_names(name, self.specs[name].shape):
                 yield optimizer_key(key, name), name, parameter, key
 
     def _begin(self, steps: int) -> None:

@@ -54,7 +54,7 @@ class ZeroRank:
             numel = torch.Size(specs[name].shape).numel()
             bits = optimizer.bits(name, numel)
             size = -(-parameter.numel() // self.ranks)
-            for _ in optimizer.state_names(parameter.dim()):
+            for _ in optimizer.state_names(name, tuple(parameter.shape)):
                 self.moments += _moment(size, bits)
         self._bucket_size = int(zero["reduce_bucket_size"])
         self._buffers = 2 if zero.get("overlap_comm") else 1

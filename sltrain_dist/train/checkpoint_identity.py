@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sltrain_dist.config import TrainConfig
+from sltrain_dist.optim.packages import PROJECTED
 from sltrain_dist.utils.errors import UserError
 
 _METHOD_FLAGS = {
@@ -125,13 +126,16 @@ def _check_optimizer(document: dict[str, Any], config: TrainConfig, folder: Path
             f"of another optimizer: trained with --optimizer {saved}, this run has --optimizer {here}",
             f"give --optimizer {saved}, or another --save_dir for a new run",
         )
-    bits = document["config"]["optimizer"].get("embedding_state_bits", 32)
-    if "8bit" in here and bits != config.optimizer.embedding_state_bits:
-        raise _refuse(
-            folder,
-            f"trained with --embedding_state_bits {bits}, this run has {config.optimizer.embedding_state_bits}",
-            f"give --embedding_state_bits {bits}, or another --save_dir for a new run",
-        )
+    shaping = {"embedding_state_bits": "8bit" in here, "proj_rank": here in PROJECTED}
+    for name, shapes_state in shaping.items():
+        old = document["config"]["optimizer"].get(name, 32)
+        new = getattr(config.optimizer, name)
+        if shapes_state and old != new:
+            raise _refuse(
+                folder,
+                f"trained with --{name} {old}, this run has {new}",
+                f"give --{name} {old}, or another --save_dir for a new run",
+            )
 
 
 def _check_data(document: dict[str, Any], config: TrainConfig, folder: Path) -> None:

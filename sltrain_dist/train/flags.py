@@ -74,8 +74,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("cache_dir", "where tokenizers and token indices are kept", "~/.cache/sltrain_dist"),
     ),
     "optimization": (
-        Flag("optimizer", "adamw, adam, sgd, adafactor; adamw8bit, adam8bit: moments of one byte; apex_adamw, apex_adam where apex is "
-             "installed; NAME_per_layer: --per_layer", "adamw"),
+        Flag("optimizer", "adamw, adam, sgd, adafactor, muon; adamw8bit, adam8bit: moments of one byte; apex_adamw, apex_adam, galore_adamw, apollo "
+             "where their packages are installed; NAME_per_layer: --per_layer", "adamw"),
+        Flag("proj_rank", "rank that galore_adamw and apollo project gradients to; derived: --rank", kind=int),
+        Flag("update_proj_gap", "updates between two projections of galore_adamw and apollo; derived: 200", kind=int),
+        Flag("proj_scale", "of the projected updates; derived: 0.25 for galore_adamw, 1 for apollo", kind=float),
         Flag("embedding_state_bits", "of the moments of embedding and head, with 8-bit optimizers", 32, int),
         Flag("per_layer", "fsdp: update every block as soon as its gradient is there, so that no other gradients exist", False, None),
         Flag("per_layer_clip", "what --grad_clipping does per layer: nothing (error), by a block's own norm, or by the norm of the update before; "

@@ -40,7 +40,7 @@ KINDS = (
     "workspaces",
     "communication",
 )
-_STATES = {"adamw": 2, "adam": 2, "apex_adamw": 2, "apex_adam": 2, "adamw8bit": 2, "adam8bit": 2, "sgd": 1, "adafactor": 0}  # fmt: skip
+_STATES = {"sgd": 1, "adafactor": 0}  # moments of every element; of the others 2
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _held(
     stage = 3 if engine.engine == "fsdp" else engine.stage
     compute = 2 if half else 4
     bits8, bits32 = _by_bits(config, elements)
-    states = _STATES.get(config.optimizer.name, 2)
+    states = _states(config, elements)
     moment = 2 if half and not engine.master_weights and "8bit" not in config.optimizer.name else 4
     optimizer = states * (bits8 * (1 + 4 / 256) + bits32 * moment)
     if engine.engine == "fsdp":
@@ -107,6 +107,17 @@ def _held(
         "offsets": offsets // (ranks if stage == 3 else 1),
         "optimizer": int(optimizer / (ranks if stage > 0 else 1)),
     }
+
+
+def _states(config: TrainConfig, elements: Elements) -> float:
+    """Elements of optimizer state for each that is trained, on average; galore's and apollo's as of square matrices."""
+    name, hidden = config.optimizer.name, config.model.hidden_size
+    projected = min(2.0, 3 * config.optimizer.proj_rank / hidden)
+    of_matrices = {"muon": 1.0, "galore_adamw": projected, "apollo": projected}.get(name)
+    if of_matrices is None:
+        return _STATES.get(name, 2)
+    blocks = elements.block * config.model.num_hidden_layers / elements.total
+    return blocks * of_matrices + (1 - blocks) * 2
 
 
 def _by_bits(config: TrainConfig, elements: Elements) -> tuple[int, int]:

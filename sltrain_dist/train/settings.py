@@ -37,17 +37,17 @@ from sltrain_dist.train.contradictions import (
 )
 from sltrain_dist.train.flags import DTYPES, FLAGS, REFERENCE_DEFAULTS, explicit, token_count
 from sltrain_dist.train.layout import finish_axes, finish_batches
+from sltrain_dist.train.optimization import check_per_layer, finish_optimizer, finish_projection
 from sltrain_dist.utils.errors import UserError
 
 _SEEDS = 2**31  # fits every generator that a seed goes to
 POSITIVE = ("rank", "block_size", "max_length", "batch_size", "total_batch_size", "timeout",
             "gradient_accumulation", "num_training_steps", "max_train_tokens", "lr", "eps",
             "lora_alpha", "tokenizer_vocab", "cycle_length", "eval_tokens",
-            "tensor_parallel", "replicate", "shard")  # fmt: skip
+            "tensor_parallel", "replicate", "shard", "proj_rank", "update_proj_gap", "proj_scale")  # fmt: skip
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "grad_clipping", "save_every", "eval_every",
                 "keep_last", "workers", "lora_dropout", "beta1", "min_lr_ratio")  # fmt: skip
 BELOW_ONE = ("lora_dropout", "beta1")
-PER_LAYER = "_per_layer"  # ending of an optimizer's name
 
 
 def resolve(arguments: Sequence[str], world_size: int) -> TrainConfig:
@@ -73,8 +73,9 @@ def resolve(arguments: Sequence[str], world_size: int) -> TrainConfig:
             settings["master_weights"] = None
         settings["workers"] = min(settings["workers"], os.cpu_count() or 1)
     settings |= _from_ds_config(ds_config) | given
-    _finish_optimizer(settings, given)
+    finish_optimizer(settings, given)
     _check_ranges(settings)
+    finish_projection(settings)
     dp_size = finish_axes(settings, world_size)
     finish_batches(settings, given, dp_size)
     _finish_steps(settings, given, model)
@@ -167,47 +168,6 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         raise UserError(f"--min_lr_ratio {settings['min_lr_ratio']}: must lie in [0, 1]")
     if not 0 < settings["sp_ratio"] < 1:
         raise UserError(f"--sp_ratio {settings['sp_ratio']}: the density must lie in (0, 1)")
-
-
-def _finish_optimizer(settings: dict[str, Any], given: dict[str, Any]) -> None:
-    """NAME_per_layer is NAME with --per_layer, and what follows from that."""
-    name = settings["optimizer"].lower()
-    settings["optimizer"] = name.removesuffix(PER_LAYER)
-    settings["per_layer"] = settings["per_layer"] or name.endswith(PER_LAYER)
-    if settings["embedding_state_bits"] not in (8, 32):
-        raise UserError(f"--embedding_state_bits {settings['embedding_state_bits']}: 8 or 32")
-    if not settings["per_layer"]:
-        if settings["per_layer_clip"] is not None:
-            raise UserError(
-                f"--per_layer_clip {settings['per_layer_clip']}: is for --per_layer; leave it out, or add that"
-            )
-        settings["master_weights"] = settings["master_weights"] or "fp32"
-        return
-    settings["master_weights"] = settings["master_weights"] or "none"
-    clips, what = settings["grad_clipping"], settings["per_layer_clip"]
-    settings["per_layer_clip"] = what or ("error" if "grad_clipping" in given else "block")
-    if clips and settings["per_layer_clip"] == "error":
-        raise UserError(
-            f"--grad_clipping {clips:g}: the global norm is not known when the first block is updated; give --per_layer_clip block "
-            "or lagged, or --grad_clipping 0"
-        )
-
-
-def _check_per_layer(settings: dict[str, Any], engine: EngineConfig) -> None:
-    """Refuse what cannot be done inside backward."""
-    asked = f"--optimizer {settings['optimizer']}{PER_LAYER}"
-    if engine.engine == "zero":
-        raise UserError(
-            f"{asked}: DeepSpeed steps after backward; take FSDP2: --engine fsdp without --ds_config, or --optimizer {settings['optimizer']}"
-        )
-    if settings["optimizer"].startswith("apex_"):
-        raise UserError(
-            f"{asked}: apex counts updates of all layers together; use --optimizer {settings['optimizer'].removeprefix('apex_')}{PER_LAYER}"
-        )
-    if engine.grad_sync == "last":
-        raise UserError(
-            f"--grad_sync last: keeps whole gradients of all layers until the end, {asked} is there to avoid that; leave one out"
-        )
 
 
 def _finish_steps(settings: dict[str, Any], given: dict[str, Any], model: ModelConfig) -> None:
@@ -348,13 +308,18 @@ def _build(
         grad_clipping=settings["grad_clipping"],
         embedding_state_bits=settings["embedding_state_bits"],
         per_layer_clip=settings["per_layer_clip"] or "error",
+        proj_rank=settings["proj_rank"],
+        update_proj_gap=settings["update_proj_gap"],
+        proj_scale=settings["proj_scale"],
         rounding="stochastic" if settings["master_weights"] == "stochastic" else "nearest",
         seed=settings["seed"],
     )
     engine = _engine(settings, ds_config)
     if engine.per_layer:
-        _check_per_layer(settings, engine)
-    OptimizerFactory(optimizer)
+        check_per_layer(settings, engine)
+    description = "--engine fsdp" if engine.engine == "fsdp" else f"ZeRO stage {engine.stage}"
+    shards = dp_size // engine.replicate if engine.engine == "fsdp" else engine.stage + 1
+    OptimizerFactory(optimizer).check(description, shards * engine.tensor_parallel > 1)
     check_schedule(optimizer)
     if ds_config is not None:
         resolve_ds_config(ds_config, engine, optimizer, dp_size)

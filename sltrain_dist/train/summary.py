@@ -11,6 +11,7 @@ from sltrain_dist.config import TrainConfig
 from sltrain_dist.model.flops import model_flops_per_token
 from sltrain_dist.optim.table import describe
 from sltrain_dist.parallel.mesh import Mesh, max_over_ranks
+from sltrain_dist.train.optimization import warnings
 
 if TYPE_CHECKING:
     from sltrain_dist.train.build import Run
@@ -100,6 +101,8 @@ def print_summary(run: "Run", attention: str, norm: str) -> None:
     for name, text in rows.items():
         if text:
             say(run.mesh, f"{name:<12} {text}")
+    for warning in warnings(config):
+        say(run.mesh, f"warning: {warning}")
 
 
 def _method(run: "Run") -> str:

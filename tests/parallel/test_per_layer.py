@@ -52,6 +52,18 @@ def pairs(mesh: Mesh, tp: int) -> dict[str, tuple[list[Any], list[Any]]]:
     return found
 
 
+@pytest.mark.parametrize("name", ["muon", "galore_adamw"])
+def test_optimizers_of_whole_matrices(mesh: Mesh, name: str) -> None:
+    """On one rank they too can update inside backward."""
+    if name == "galore_adamw":
+        pytest.importorskip("galore_torch")
+    optimizer = dataclasses.replace(PLAIN, name=name, proj_rank=8, update_proj_gap=3)
+    after, inside = (
+        tiny.train(engine(mesh, optimizer, per_layer), 0, UPDATES) for per_layer in (False, True)
+    )
+    check({name: (after, inside)})
+
+
 def check(found: dict[str, tuple[list[Any], list[Any]]]) -> None:
     for name, (after, inside) in found.items():
         for one, other in zip(after, inside, strict=True):

@@ -6,6 +6,7 @@ import pytest
 
 from sltrain_dist.config import ModelConfig
 from sltrain_dist.train.flags import FLAGS, parser, token_count
+from sltrain_dist.train.optimization import warnings
 from sltrain_dist.train.settings import resolve
 from sltrain_dist.utils.errors import UserError
 
@@ -170,6 +171,8 @@ MISTAKES = [
         "--total_batch_size 10: not divisible by --batch_size 4",
     ),
     ("--batch_size 4 --total_batch_size 8 --gradient_accumulation 3", "--gradient_accumulation 3"),
+    ("--proj_rank 4", "--proj_rank 4: --optimizer adamw projects nothing; leave it out"),
+    ("--optimizer galore_adamw --proj_rank 0", "--proj_rank 0: must be positive"),
     ("--dtype float16", "--dtype float16"),
     ("--optimizer nope", "--optimizer nope: unknown"),
     ("--max_length 4096", "--max_length 4096: the model has 1024 positions"),
@@ -403,3 +406,19 @@ def test_heads_of_keys_that_do_not_divide(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(grouped))
     with pytest.raises(UserError, match="does not divide num_key_value_heads = 2"):
         config(f"--model {tmp_path} --method full --tensor_parallel 4", 4)
+
+
+def test_optimizers_of_whole_matrices_are_refused_before_anything_starts(tmp_path):
+    path = write_ds(tmp_path, zero_optimization={"stage": 1})
+    for line, world_size in (("", 2), ("--tensor_parallel 2", 2), (f"--ds_config {path}", 1)):
+        with pytest.raises(UserError, match="--optimizer muon: needs whole matrices, but"):
+            config(f"--optimizer muon --batch_size 4 {line}", world_size)
+    config("--optimizer muon --batch_size 4 --replicate 2", 2)
+
+
+def test_projections_of_factors_are_warned_of():
+    pytest.importorskip("galore_torch")
+    line = "--optimizer galore_adamw --rank 16 --method"
+    assert config(f"{line} sltrain").optimizer.proj_rank == 16
+    assert "--method full" in warnings(config(f"{line} sltrain"))[0]
+    assert not warnings(config(f"{line} full"))
