@@ -3,12 +3,13 @@
 
     build          the kernels, into a temporary folder, with the compilers that are here (SLT_BUILD=cuda)
     correctness    each operator and both paths against float64 (correctness.py)
+    per_layer      updates inside backward against after it, and the peaks of 350m, 1b, 7b (per_layer.py)
     activations    what is kept for backward: checkpointing and offloading, gradients compared (activations.py)
     linear         the linears of 60m, 350m, 1b and 7b in bf16, 8k and 32k tokens (linear.py)
     step_60m, _1b  training steps: tokens/s, MFU, peak memory (step.py)
 
 It needs torch, numpy, transformers (or tokenizers and safetensors), for CUDA kernels nvcc and a C++ compiler, and no
-network; nothing has to be installed first. At most eight minutes. Every section is a process of its own with its own
+network; nothing has to be installed first. At most ten minutes. Every section is a process of its own with its own
 time; its failure is recorded and the others still run (without kernels, if these did not build); results are written
 after each. The exit code is 1 if any failed. --device cpu --tiny shows on a machine without a GPU, in a minute, that
 all of it runs; kernels that are built already are taken as they are.
@@ -32,11 +33,12 @@ SECONDS = {
     "build": 150,
     "correctness": 40,
     "activations": 30,
+    "per_layer": 120,
     "linear": 130,
     "step_60m": 90,
     "step_1b": 60,
 }
-TOTAL = 470.0
+TOTAL = 570.0
 
 
 def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
@@ -48,6 +50,7 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
             **({} if built else {"build": ["setup.py", "build_ext"]}),
             "correctness": ["correctness.py", *device, "--quick"],
             "activations": ["activations.py", *device, "--quick"],
+            "per_layer": ["per_layer.py", *device, "--quick"],
             "linear": ["linear.py", *device, "--quick", "--shapes", "128x128r16d.0625", "--supports", "fan_in", "block"],
             "step_60m": ["step.py", *device, "--quick", "--dtype", "bfloat16"],
             "step_1b": ["step.py", *device, "--quick", "--dtype", "bfloat16", "--support", "uniform", "--methods", "ours"],
@@ -60,6 +63,7 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
         "build": ["setup.py", "build_ext"],
         "correctness": ["correctness.py", *device],
         "activations": ["activations.py", *device],
+        "per_layer": ["per_layer.py", *device],
         "linear": ["linear.py", *device, *linear],
         "step_60m": ["step.py", *device, *small, *step],
         "step_1b": ["step.py", *device, "--model", "llama_1b", "--batch_size", "32", *step],
@@ -121,6 +125,11 @@ def summary(results: dict[str, Any]) -> str:
                 f"linear {row['out']:>5} x {row['in']:<5} n {row['tokens']:<6} {row['support']:7} "
                 f"{row['choice']:10} {row['ours_ms'] / row['dense_ms']:.2f} x the time of dense, reference "
                 f"{row['reference_ms'] / row['dense_ms']:.2f} x; transient {row['transient_bytes'] / 2**20:.0f} MiB"
+            )
+    for row in results["sections"].get("per_layer", {}).get("rows", []):
+        if "peak_bytes" in row:
+            lines.append(
+                f"{row['what']}, 8-bit per layer: peak {row['peak_bytes'] / 2**30:.2f} GiB (limit {row['limit_bytes'] / 2**30:.2f})"
             )
     for name in ("step_60m", "step_1b"):
         for row in results["sections"].get(name, {}).get("rows", []):

@@ -181,6 +181,7 @@ def test_gpu_suite(tmp_path):
     sections = (
         "correctness",
         "activations",
+        "per_layer",
         "linear",
     )  # steps have their own test, the build its own below
     text, content = run("gpu_suite.py", "--device", "cpu", "--tiny", "--only", *sections, out=out)
@@ -199,6 +200,9 @@ def test_gpu_suite(tmp_path):
     ways = content["sections"]["activations"]["rows"]
     assert len(ways) == 5
     assert all(row["error"] == 0 for row in ways)  # on a CPU nothing is out of order
+    inside = content["sections"]["per_layer"]["rows"]
+    assert len(inside) == 4
+    assert all(row["inside"] <= 1e-6 and row["loss"][1] < row["loss"][0] for row in inside)
     assert text.endswith("all sections passed\n")
 
 

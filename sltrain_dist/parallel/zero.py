@@ -34,6 +34,7 @@ from sltrain_dist.parallel.engine import (
     held_part,
     optimizer_key,
 )
+from sltrain_dist.parallel.materialise import OneByOne
 from sltrain_dist.parallel.mesh import Mesh, sum_over_all
 from sltrain_dist.parallel.quantised import Buffer, buffer_state, load_buffers
 from sltrain_dist.parallel.zero_layout import Flat, held_weights, layout_of
@@ -217,7 +218,7 @@ class ZeroEngine:
 
     def _materialise(self, deepspeed: Any, model: nn.Module, resolved: dict[str, Any]) -> None:
         """Give every parameter memory; under stage 3 one at a time, cut before the next one exists."""
-        source = _OneByOne(model, self.mesh.device)
+        source = OneByOne(model, self.mesh.device)
         if self.stage == 3:
             group = self.mesh.dp_group
             deepspeed.zero.Init(
@@ -302,35 +303,6 @@ class ModelParallelUnit:
 
     def get_data_parallel_group(self) -> Any:
         return self._mesh.dp_group
-
-
-class _OneByOne(nn.Module):
-    """A view of a meta model whose parameters() makes them real one at a time, in place.
-
-    Handed to deepspeed.zero.Init, which walks that iterator and cuts each parameter before it asks for
-    the next. Its usual form, a context around the constructor, would cast every float tensor made in
-    there to the training dtype and replace torch's constructors for the whole process.
-    """
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        super().__init__()
-        self.__dict__["source"] = (
-            model  # not a child: its parameters must not be seen before they are real
-        )
-        self.device = device
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Replace each meta parameter by an uninitialised real one and yield it; tied ones once."""
-        made: dict[int, nn.Parameter] = {}
-        for module in self.__dict__["source"].modules():
-            for name, meta in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-                fresh = id(meta) not in made
-                if fresh:
-                    empty = torch.empty_like(meta, device=self.device)
-                    made[id(meta)] = nn.Parameter(empty, requires_grad=meta.requires_grad)
-                setattr(module, name, made[id(meta)])
-                if fresh:
-                    yield made[id(meta)]
 
 
 def _check_by_deepspeed(deepspeed: Any, resolved: dict[str, Any], mpu: ModelParallelUnit) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.optim.table import OptimizerFactory
+from sltrain_dist.parallel.materialise import OneByOne
 from sltrain_dist.parallel.mesh import Mesh
 from sltrain_dist.parallel.quantised import blocks
 from sltrain_dist.params import collect_specs
@@ -41,7 +42,7 @@ class ZeroRank:
         dtype = torch.bfloat16 if half else torch.float32
         model = factory(device="meta", dtype=dtype)
         specs = collect_specs(model)
-        _materialise(model)
+        list(OneByOne(model, torch.device("cpu")).parameters())
         self.module: Any = model
         optimizer = OptimizerFactory(config.optimizer)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -129,17 +130,6 @@ class ZeroRank:
         self.live.correct("communication", (live - self.elements) * width)
         self.held.append(torch.empty(self._part, dtype=torch.bfloat16 if width == 2 else None))
         self.live.label(self.held, "weights")
-
-
-def _materialise(model: nn.Module) -> None:
-    """Give every parameter memory; a tied one once."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, meta in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(meta) not in made:
-                empty = torch.empty_like(meta, device="cpu")
-                made[id(meta)] = nn.Parameter(empty, requires_grad=meta.requires_grad)
-            setattr(module, name, made[id(meta)])
 
 
 def _moment(size: int, bits: int) -> list[Tensor]:
