@@ -5,7 +5,7 @@ Every case runs launcher/pretrain.py for a few updates on this machine's CPU, as
 Compared are the planner's total and the peak resident set of a rank up to the last update, without what was
 resident before the model existed (interpreter, libraries, data); both in the table, as is their ratio.
 
-glibc is told to map tensors of 1 MiB and more on their own (MALLOC_MMAP_THRESHOLD_), so that freed ones are given back. By
+glibc is told to map tensors of 64 KiB and more on their own (MALLOC_MMAP_THRESHOLD_), so that freed ones are given back. By
 default it keeps them in one heap, whose holes differ from run to run; --heap leaves it so. One thread.
 """
 
@@ -72,7 +72,7 @@ def cases() -> list[Case]:
 def environment(heap: bool) -> dict[str, str]:
     """Of the processes that are measured."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return os.environ | own | ({} if heap else {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
+    return os.environ | own | ({} if heap else {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)})
 
 
 def run(command: list[str], heap: bool = False) -> None:

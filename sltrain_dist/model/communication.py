@@ -13,6 +13,9 @@ over t tensor-parallel ranks and d that shard, one decoder layer sends, forward 
     FSDP2, ZeRO-3    2 all-gathers and a reduce-scatter of P trained elements, 2 all-gathers of the offsets
                                                      (d-1)/d (2 P z + P g + 2 offsets), divided by t
 
+Where a block's forward runs again (checkpointing "block"), all of it but its last reduction: activations 2 (t-1)/t n D z
+more, 3 with SP, factors 7 (t-1)/t r D z.
+
 (g: bytes of a gradient as it is reduced). What a tensor-parallel layer costs in activations does not
 depend on the method; dense linears have no factors. Apart from layers: embedding, head and loss.
 """
@@ -27,12 +30,14 @@ class Situation:
     """What is sent depends on it.
 
     tokens: n of a micro-batch of one data-parallel rank. tensor: t. element: z, 2 in bfloat16.
+    again: whether blocks' forward runs once more in backward.
     """
 
     tokens: int
     tensor: int
     sequence: bool
     element: int
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,11 @@ def layer_bytes(config: ModelConfig, method: MethodConfig, situation: Situation)
     t, z, hidden = situation.tensor, situation.element, config.hidden_size
     share = (t - 1) / t
     passes = 10 if situation.sequence else 8
-    factors = 0 if method.method == "full" else 21 * method.rank * hidden
+    gathers = 21
+    if situation.again:
+        passes += 3 if situation.sequence else 2
+        gathers += 7
+    factors = 0 if method.method == "full" else gathers * method.rank * hidden
     norms = 4 * hidden if situation.sequence else 0
     return LayerBytes(
         passes * share * situation.tokens * hidden * z, share * factors * z, share * norms * z

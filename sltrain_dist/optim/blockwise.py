@@ -121,12 +121,12 @@ class BlockwiseAdam(Optimizer):
 def round_stochastically(source: Tensor, target: Tensor, generator: torch.Generator) -> None:
     """Write float32 ``source`` into bfloat16 ``target``, up or down so that the expectation is ``source``; ``source`` is spent.
 
-    Infinities and NaN stay what they are.
+    What is not finite stays so, and nothing else becomes so.
     """
     noise = torch.randint(
         0, 1 << 16, source.shape, dtype=torch.int32, device=source.device, generator=generator
     )
-    noise.masked_fill_(~source.isfinite(), 0)
+    noise.masked_fill_(~(source.abs() < torch.finfo(torch.bfloat16).max), 0)
     bits = source.view(torch.int32)
     target.copy_(bits.add_(noise).bitwise_and_(-65536).view(torch.float32))
 

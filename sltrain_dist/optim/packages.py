@@ -103,18 +103,20 @@ def kept_projectors(package: ModuleType) -> type[Any]:
 
     class Kept(base):
         def __init__(self, state: dict[str, Any], **settings: Any) -> None:
-            self._state = state
+            self._state, self._known = state, False  # a projection has been made
             super().__init__(**settings)
 
         @property
-        def ortho_matrix(self) -> Tensor:
+        def ortho_matrix(self) -> Tensor | None:
             matrix: Tensor = self._state["projection"]
-            return matrix
+            self._known = self._known or bool(matrix.any())
+            return matrix if self._known else None
 
         @ortho_matrix.setter
         def ortho_matrix(self, matrix: Tensor | None) -> None:
             if matrix is not None:  # that is what the constructor says
                 self._state["projection"].copy_(matrix)
+                self._known = True
 
     return Kept
 

@@ -212,7 +212,11 @@ def describe(optimizer: Optimizer) -> dict[str, Any]:
     groups = []
     for group in optimizer.param_groups:
         # ZeRO-3 empties the groups between updates; the state still knows the tensors.
-        parameters = group["params"] or list(optimizer.state)
+        parameters = group["params"] or [
+            parameter
+            for parameter, state in optimizer.state.items()
+            if (8 if state.keys() & set(SCALES.values()) else 32) == group.get("bits", 32)
+        ]
         settings = {
             key: value for key, value in group.items() if isinstance(value, (int, float, tuple))
         }

@@ -98,6 +98,7 @@ class FsdpEngine:
         self._sums: dict[str, Tensor] = {}
         if pure and config.gradient_accumulation > 1 and not self.sync_last_only:
             self._accumulate_in_float32()
+        self._left_alone: list[str] = []  # by per-layer updates, this time
         self._layers: LayerUpdates | None = None
         if config.per_layer:
             lagged = optimizer_factory.config.per_layer_clip == "lagged"
@@ -123,6 +124,11 @@ class FsdpEngine:
         norm = self._update(self.local) if self._layers is None else self._layers.finish()
         if math.isfinite(norm):
             self.updates += 1
+            for name in self._left_alone:  # a checkpoint has one counter for all
+                state = self.optimizer.state.get(self.local[name], {})
+                if "step" in state:
+                    state["step"] = state["step"] + 1
+        self._left_alone.clear()
         self._forget(self.sharded)  # what an update left that ended before its last micro-batch
         return norm
 
@@ -142,11 +148,8 @@ class FsdpEngine:
                 self.local[name].grad = gradient.to(self.local[name].dtype)
             self.optimizer.step()
         elif self._layers is not None:
-            self.skipped_blocks += 1  # the other blocks' counters go on, and a checkpoint has one
-            for name in names:
-                state = self.optimizer.state.get(self.local[name], {})
-                if "step" in state:
-                    state["step"] = state["step"] + 1
+            self.skipped_blocks += 1
+            self._left_alone += names
         self._forget(names)
         if self._layers is not None and self.mesh.device.type == "cpu":
             return_freed_memory()

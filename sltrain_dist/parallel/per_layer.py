@@ -9,7 +9,8 @@ What must be known before the first weight changes:
 * the loss: where it is not finite on any rank, in any micro-batch, the update ends there and no weight changes;
 * the gradient: a block's that is not finite on any rank leaves that block as it is, on all ranks, and is counted;
 * the global norm, for clipping, cannot be known: ``error`` refuses to clip, ``block`` clips every block to the
-  limit by its own norm, ``lagged`` all by the global norm of the update before (the first one as ``block``).
+  limit by its own norm, ``lagged`` all by the global norm of the last update that left no block alone (as ``block``
+  until there is one).
 """
 
 import math
@@ -58,17 +59,18 @@ class LayerUpdates:
         return not self._broken
 
     def finish(self) -> float:
-        """The end of an update: the global norm of its gradient; NaN where there was no update."""
+        """The end of an update: the norm of the gradient of what was updated; NaN where nothing was."""
         broken = self._broken
         if not broken:  # what no loss has reached is updated with a zero gradient
             for number, missing in enumerate(self._missing):
                 if missing:
                     self._update_unit(number)
-        norm = math.sqrt(sum(self._squares))
+        norm, left = math.sqrt(sum(self._squares)), len(self._units) - len(self._squares)
         self._reset()
-        if broken:
+        if broken or left == len(self._units):
             return math.nan
-        self.last_norm = norm
+        if not left:  # the norm of a part would let the next update go too far
+            self.last_norm = norm
         return norm
 
     def _reset(self) -> None:

@@ -69,10 +69,11 @@ class Buffer:
         return f"{QUANTISED}{key}.{self.label}"
 
 
-def buffer_state(mesh: Mesh, buffers: Iterable[Buffer]) -> dict[str, DTensor]:
-    """The entries of a state; they share the buffers' memory where these are as long as the longest."""
+def buffer_state(mesh: Mesh, buffers: Iterable[Buffer], copies: bool = False) -> dict[str, DTensor]:
+    """The entries of a state: ``copies`` in host memory, or else the buffers' own memory where these are as long as the longest."""
     state = {}
     for name, own, rows in _own_rows(mesh, buffers):
+        own = own.to("cpu", copy=True) if copies else own
         cut = Cut(0, mesh.tp_rank, mesh.tp_size) if mesh.tp_size > 1 else None
         size = rows * (mesh.tp_size if cut else 1)
         state[name] = as_dtensor(mesh, own, torch.Size([size]), cut)

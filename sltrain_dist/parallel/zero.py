@@ -158,7 +158,7 @@ class ZeroEngine:
             own = full[start:stop].to("cpu", copy=True)
             shape = spec.shape if full.shape == spec.local_shape else full.shape
             state[label] = as_dtensor(self.mesh, own, torch.Size(shape), spec.cut)
-        return state | buffer_state(self.mesh, self.buffers())
+        return state | buffer_state(self.mesh, self.buffers(), copies=True)
 
     def buffers(self) -> list[Buffer]:
         held = self.layout.fragments_of(self.trained)

@@ -16,6 +16,7 @@ from torch import nn
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.model.communication import Situation, ends_bytes, layer_bytes, sharding_bytes
 from sltrain_dist.model.flops import Path, flops_per_token
+from sltrain_dist.parallel.ds_config import load_ds_config
 from sltrain_dist.parallel.tensor import TensorParallel
 from sltrain_dist.params import count_parameters
 from sltrain_dist.tools.plan_run import Measured, measure
@@ -27,7 +28,7 @@ from sltrain_dist.train.settings import resolve
 from sltrain_dist.utils.errors import UserError
 
 Device = Literal["cpu", "cuda"]
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 
 
@@ -114,12 +115,12 @@ class Plan:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from "24GiB", "80GB", "512MiB" or a number.
+    """Bytes from "24GiB", "80GB" or "512MiB".
 
     Raises:
         UserError: it is none of that, or not positive.
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?)B?\s*", text.upper())
     size = float(found[1]) * _UNITS.get(found[2], 0) if found else 0
     if not 1 <= size < 2**62:
         raise UserError(f"--gpu_memory {text}: give a size as 24GiB, 80GB or 512MiB")
@@ -133,20 +134,28 @@ def configure(request: Request, changes: Sequence[str] = ()) -> TrainConfig:
         UserError: what pretrain refuses.
     """
     arguments = [*request.arguments, *changes]
+    given = explicit(arguments)
+    ds_config = load_ds_config(given["ds_config"]) if "ds_config" in given else {}
     if request.device == "cuda":
-        _check_offload(explicit(arguments))
-    if any(text.split("=")[0] in ("--dtype", "--ds_config") for text in arguments):
+        _check_offload(given, ds_config)
+    bf16 = ds_config.get("bfloat16") or ds_config.get("bf16", {})
+    if "dtype" in given or bf16.get("enabled", "auto") != "auto":
         return resolve(arguments, request.gpus)
     format_ = "bfloat16" if request.device == "cuda" else "float32"
     return resolve([*arguments, "--dtype", format_], request.gpus)
 
 
-def _check_offload(given: dict[str, Any]) -> None:
-    for flag in ("offload_activations", "cpu_offload"):
-        if given.get(flag):
-            raise UserError(
-                f"--{flag}: the planner cannot tell a GPU's memory from its host's; leave it out for an upper bound"
-            )
+def _check_offload(given: dict[str, Any], ds_config: dict[str, Any]) -> None:
+    zero = ds_config.get("zero_optimization", {})
+    asked = [f"--{flag}" for flag in ("offload_activations", "cpu_offload") if given.get(flag)]
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device", "none") != "none":
+            asked.append(f"--ds_config {given['ds_config']}: {key}")
+    if asked:
+        raise UserError(
+            f"{asked[0]}: the planner cannot tell a GPU's memory from its host's; leave it out for an upper bound, or plan "
+            "--device cpu"
+        )
 
 
 def blank_model(config: TrainConfig) -> nn.Module:
@@ -196,7 +205,9 @@ def _wire(config: TrainConfig, parameters: dict[str, int], data: int, shards: in
     t, element = engine.tensor_parallel, 2 if engine.dtype == "bfloat16" else 4
     tokens = engine.batch_size * config.data.sequence_length
     steps = engine.gradient_accumulation
-    situation = Situation(tokens, t, engine.sequence_parallel, element)
+    situation = Situation(
+        tokens, t, engine.sequence_parallel, element, config.activation_checkpointing == "block"
+    )
     layers = layer_bytes(config.model, config.method, situation).total
     sent = steps * (layers * config.model.num_hidden_layers + ends_bytes(config.model, situation))
     trained, offsets = parameters["total"], parameters["indices_bytes"]

@@ -4,6 +4,7 @@ What the user gave is fixed. Of micro-batch, activation checkpointing and tensor
 searched: the closed formula drops what is far too large, the predicted speed gives the order, and the fake run confirms.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +17,10 @@ from sltrain_dist.utils.errors import UserError
 
 _BEST = 10
 _TRIALS = 30  # fake runs at most
+_LARGEST = 64  # micro-batch tried where the total is free
 _SLACK = 1.5  # the formula may be so much above what fits
 _TENSOR_PARALLEL = (1, 2, 4, 8, 16)
+_KINDS = tuple(FLAGS["activation_checkpointing"].choices or ())
 _SEARCHED = ("tensor_parallel", "activation_checkpointing", "batch_size")
 
 
@@ -63,14 +66,24 @@ def fit(request: Request) -> Fits:
     near = [each for each in settings if each.formula["total"] <= _SLACK * limit]
     near.sort(key=lambda each: (-each.tokens_per_second, each.formula["total"]))
     plans: list[Plan] = []
+    failed: list[TrainConfig] = []
     ran = 0
     for setting in near:
         if len(plans) == _BEST or ran == _TRIALS:
             break
+        if any(_larger(setting.config, other) for other in failed):
+            continue
         ran += 1
         plan = confirm(request, setting)
+        print(
+            f"fake run {ran}: {human_bytes(plan.total)} with {flags(setting.config)}",
+            file=sys.stderr,
+            flush=True,
+        )
         if plan.fits:
             plans.append(plan)
+        else:
+            failed.append(setting.config)
     if not plans:
         small = confirm(request, min(settings, key=lambda each: each.formula["total"]))
         if small.fits:
@@ -97,25 +110,41 @@ def _settings(request: Request) -> Iterator[Setting]:
             problem = problem or error
             continue
         found, blank = True, blank_model(config)
-        for variant in _variants(config, given):
-            yield settle(request, variant, blank)
+        for kind in _choices(given, "activation_checkpointing", _KINDS):
+            try:
+                config = configure(request, [*changes, "--activation_checkpointing", kind])
+            except UserError:  # not with the other flags
+                continue
+            for variant in _micro_batches(config, given, request.gpus // tensor_parallel):
+                yield settle(request, variant, blank)
     if not found and problem is not None:
         raise problem
 
 
-def _variants(config: TrainConfig, given: dict[str, Any]) -> Iterator[TrainConfig]:
-    """Checkpointing and micro-batch of a setting."""
+def _micro_batches(config: TrainConfig, given: dict[str, Any], data: int) -> Iterator[TrainConfig]:
+    """Micro-batches of a setting on ``data`` data-parallel ranks: they divide the total, or are the total per layer."""
     engine = config.engine
     per_rank = engine.batch_size * engine.gradient_accumulation
-    sizes = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
-    kinds = FLAGS["activation_checkpointing"].choices or ()
-    for kind in _choices(given, "activation_checkpointing", kinds):
-        for size in [engine.batch_size] if "batch_size" in given else sizes:
+    if "batch_size" in given:
+        yield config
+    elif engine.per_layer and not {"total_batch_size", "gradient_accumulation"} & given.keys():
+        for size in (2**n for n in range(_LARGEST.bit_length())):
+            cut = replace(engine, batch_size=size)
+            yield replace(config, engine=cut, total_batch_size=size * data)
+    else:
+        for size in (size for size in range(1, per_rank + 1) if per_rank % size == 0):
             cut = replace(engine, batch_size=size, gradient_accumulation=per_rank // size)
-            kept = (
-                kind if "activation_checkpointing" not in given else config.activation_checkpointing
-            )
-            yield replace(config, engine=cut, activation_checkpointing=kept)
+            yield replace(config, engine=cut)
+
+
+def _larger(one: TrainConfig, other: TrainConfig) -> bool:
+    """Whether ``one`` is ``other`` with a larger micro-batch."""
+    same = one.engine.tensor_parallel == other.engine.tensor_parallel
+    return (
+        same
+        and one.activation_checkpointing == other.activation_checkpointing
+        and one.engine.batch_size >= other.engine.batch_size
+    )
 
 
 def _choices(given: dict[str, Any], name: str, all_: tuple[Any, ...]) -> tuple[Any, ...]:

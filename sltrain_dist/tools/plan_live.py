@@ -82,7 +82,7 @@ class Live(TorchDispatchMode):
         if any(kind is DTensor for kind in types):
             return NotImplemented  # its local tensors come here on their own
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0.0 if args[0].is_floating_point() else 0  # norms are finite, no loss is not
+            return 1.0 if args[0].is_floating_point() else 0  # norms are finite, no loss is not
         result = func(*args, **(kwargs or {}))
         if active_fake_mode() is not self._fake_mode:
             return result  # DTensor works out shapes
@@ -166,7 +166,10 @@ class Live(TorchDispatchMode):
         elif name in _COLLECTIVES:
             gathered = name != "c10d::_reduce_scatter_base_"
             buffer = args[0] if gathered else args[1]
-            self.label((t for t in tree_leaves(buffer) if isinstance(t, Tensor)), "communication")
+            tensors = [t for t in tree_leaves(buffer) if isinstance(t, Tensor)]
+            self.label(tensors, "communication")
+            if self.device == "cpu":  # gloo copies the larger side of both
+                self.add_transient(sum(map(_bytes, tensors)), "communication")
         elif self._after_copy_in and name == "aten::empty":
             self.label(outputs, "gradients")  # the shard that FSDP2 reduces into
             self._after_copy_in = False
@@ -202,6 +205,10 @@ class Live(TorchDispatchMode):
 
 def _has_memory(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.device.type != "meta"
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

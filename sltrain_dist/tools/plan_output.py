@@ -1,11 +1,14 @@
 """A plan as a table, as JSON and as a picture."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+from sltrain_dist.config import TrainConfig
 from sltrain_dist.tools.plan import Plan
 from sltrain_dist.train.memory import KINDS
+from sltrain_dist.train.optimization import PER_LAYER
 from sltrain_dist.train.summary import human_bytes
 from sltrain_dist.utils.errors import UserError
 
@@ -21,7 +24,7 @@ def describe(plan: Plan) -> str:
     if engine.tensor_parallel > 1:
         name += f", tensor parallel {engine.tensor_parallel}"
     lines = [
-        f"{config.model.name}, {config.method.method}, {config.optimizer.name}, {name} on {where}, {engine.dtype}, "
+        f"{config.model.name}, {config.method.method}, {_optimizer(config)}, {name} on {where}, {_format(config)}, "
         f"{engine.batch_size} x {config.data.sequence_length} tokens x {engine.gradient_accumulation} micro-batches, "
         f"checkpointing {config.activation_checkpointing}",
         f"{'bytes of a rank at the peak':<28}{'fake run':>12}{'formula':>12}",
@@ -32,13 +35,28 @@ def describe(plan: Plan) -> str:
     lines += [
         f"sent by a rank    {human_bytes(int(setting.wire))} an update",
         f"computed by it    {setting.flops / 1e12:,.1f} TFLOP an update",
-        f"time              {setting.seconds:.2f} s an update, {setting.tokens_per_second:,.0f} tokens/s, at {request.tflops:g} TFLOP/s "
+        f"time              {_seconds(setting.seconds)} an update, {setting.tokens_per_second:,.0f} tokens/s, at {request.tflops:g} TFLOP/s "
         f"and {request.bandwidth:g} GB/s a rank",
     ]
     if request.gpu_memory is not None and plan.fits:
         left = human_bytes(request.gpu_memory - plan.total)
         lines.append(f"fits              {human_bytes(request.gpu_memory)}, {left} left")
     return "\n".join(lines)
+
+
+def _optimizer(config: TrainConfig) -> str:
+    return config.optimizer.name + PER_LAYER * config.engine.per_layer
+
+
+def _format(config: TrainConfig) -> str:
+    if config.engine.dtype == "float32":
+        return "float32"
+    kept = "float32 masters" if config.engine.master_weights else "no masters"
+    return f"{config.engine.dtype} with {kept}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def check_target(path: str | None, flag: str) -> None:
@@ -49,11 +67,19 @@ def check_target(path: str | None, flag: str) -> None:
     """
     if path is None:
         return
+    target = Path(path)
+    if flag == "--png" and target.suffix != ".png":
+        raise UserError(f"--png {path}: give a name that ends in .png")
+    if flag == "--png" and importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"--png {path}: needs matplotlib; pip install matplotlib")
     try:
-        if Path(path).is_dir():
+        if target.is_dir():
             raise IsADirectoryError("is a folder")
-        with open(path, "a", encoding="utf-8"):
-            pass
+        if target.exists():
+            target.open("a").close()
+        else:  # tried, not left behind: what is planned may still be refused
+            target.touch()
+            target.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{flag} {path}: cannot be written ({reason}); give another file") from None
@@ -65,15 +91,9 @@ def write_json(path: str, content: Any) -> None:
 
 
 def draw(path: str, plan: Plan) -> None:
-    """Two stacked bars, fake run and formula, and a line where the memory ends.
+    """Two stacked bars, fake run and formula, and a line where the memory ends."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        UserError: matplotlib is not there.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(f"--png {path}: needs matplotlib; pip install matplotlib") from None
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     bars = {"fake run": plan.measured.peak, "formula": plan.setting.formula}
@@ -96,7 +116,7 @@ def draw(path: str, plan: Plan) -> None:
     axes.margins(y=0.1)
     axes.set_ylabel("GiB of a rank at the peak")
     config = plan.setting.config
-    axes.set_title(f"{config.model.name}, {config.method.method}, {config.optimizer.name}, {plan.request.gpus} ranks", fontsize=10)  # fmt: skip
+    axes.set_title(f"{config.model.name}, {config.method.method}, {_optimizer(config)}, {plan.request.gpus} ranks", fontsize=10)  # fmt: skip
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)

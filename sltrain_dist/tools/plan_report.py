@@ -26,6 +26,8 @@ def run(own: dict[str, Any], arguments: Sequence[str]) -> None:
     request = _request(own, arguments)
     for flag in ("json", "png"):
         output.check_target(own[flag], f"--{flag}")
+    if own["json"] and own["json"] == own["png"]:
+        raise UserError(f"--json {own['json']}: is --png's file too; give two")
     if own["fit"]:
         found = fit(request)
         print(found.describe(), flush=True)

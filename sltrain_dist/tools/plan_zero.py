@@ -10,6 +10,7 @@ bucket of b elements (0.19; runtime/zero/stage_1_and_2.py and stage3.py), this e
     step        one more flat copy of this rank's part
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,11 @@ class ZeroRank:
         list(OneByOne(model, torch.device("cpu")).parameters())
         self.module: Any = model
         optimizer = OptimizerFactory(config.optimizer)
+        kept = (
+            dtype
+            if optimizer.row.bits == 32 and not config.engine.master_weights
+            else torch.float32
+        )
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.held: list[Tensor] = []
         self.moments: list[Tensor] = []
@@ -53,10 +59,11 @@ class ZeroRank:
             self.held.append(torch.empty(self._part))
         for name, parameter in trained.items():
             numel = torch.Size(specs[name].shape).numel()
-            bits = optimizer.bits(name, numel)
-            size = -(-parameter.numel() // self.ranks)
-            for _ in optimizer.state_names(name, tuple(parameter.shape)):
-                self.moments += _moment(size, bits)
+            bits, shape = optimizer.bits(name, numel), tuple(parameter.shape)
+            matrix = optimizer.row.is_matrix(config.optimizer, name, shape)
+            for state in optimizer.row.states(config.optimizer, shape, matrix).values():
+                size = -(-math.prod(state) // self.ranks)
+                self.moments += _moment(size, bits, kept)
         self._bucket_size = int(zero["reduce_bucket_size"])
         self._buffers = 2 if zero.get("overlap_comm") else 1
         self._bucket: Tensor | None = None
@@ -127,13 +134,16 @@ class ZeroRank:
         width = next(iter(trained.values())).element_size()
         live = min(int(zero.get("stage3_max_live_parameters", 10**9)), self.elements)
         self.live.label(trained.values(), "communication")
+        indices = [p for p in self.module.parameters() if not p.requires_grad]
+        whole = sum(p.numel() * p.element_size() for p in indices)
+        self.live.correct("offsets", whole // self.ranks - whole)
         self.live.correct("communication", (live - self.elements) * width)
         self.held.append(torch.empty(self._part, dtype=torch.bfloat16 if width == 2 else None))
         self.live.label(self.held, "weights")
 
 
-def _moment(size: int, bits: int) -> list[Tensor]:
-    """One moment of ``size`` elements."""
+def _moment(size: int, bits: int, dtype: torch.dtype) -> list[Tensor]:
+    """One moment of ``size`` elements, ``dtype`` where it has not 8 bits."""
     if bits == 32:
-        return [torch.empty(size)]
+        return [torch.empty(size, dtype=dtype)]
     return [torch.empty(size, dtype=torch.uint8), torch.empty(blocks(size))]

@@ -44,7 +44,13 @@ _CHANGES = (  # what may change on a resume, and is then said: (part of the conf
     ("optimizer", "betas", "--betas"),
     ("optimizer", "eps", "--eps"),
     ("optimizer", "grad_clipping", "--grad_clipping"),
+    ("optimizer", "per_layer_clip", "--per_layer_clip"),
+    ("optimizer", "update_proj_gap", "--update_proj_gap"),
+    ("optimizer", "proj_scale", "--proj_scale"),
+    ("optimizer", "rounding", "rounding of bfloat16 weights"),
     ("method", "dropout", "--lora_dropout"),
+    ("engine", "per_layer", "--per_layer"),
+    ("engine", "master_weights", "float32 masters"),
     ("engine", "dtype", "--dtype"),
 )
 _MODEL_FREE = ("name", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")

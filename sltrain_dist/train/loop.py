@@ -120,11 +120,14 @@ def _watch(run: Run, norm: float, blocks: int = 0) -> None:
         what = (
             f"update {run.step + 1}" if not blocks else f"{blocks} blocks of update {run.step + 1}"
         )
-        say(run.mesh, f"warning: {what} skipped: its gradient is not finite")
+        say(
+            run.mesh,
+            f"warning: {what} skipped: its gradient{' or its loss' * (not blocks)} is not finite",
+        )
     if run.skipped == SKIPS_IN_A_ROW:
         raise UserError(
-            f"--lr {run.config.optimizer.lr:g}: the gradient was not finite in {SKIPS_IN_A_ROW} updates in a row, up "
-            f"to {run.step + 1}; continue from a checkpoint with a lower --lr or with --grad_clipping 1"
+            f"--lr {run.config.optimizer.lr:g}: gradients {'of blocks ' * bool(blocks)}were not finite in {SKIPS_IN_A_ROW} updates in a "
+            f"row, up to {run.step + 1}; continue from a checkpoint with a lower --lr or with --grad_clipping 1"
         )
 
 

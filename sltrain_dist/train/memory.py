@@ -40,7 +40,6 @@ KINDS = (
     "workspaces",
     "communication",
 )
-_STATES = {"sgd": 1, "adafactor": 0}  # moments of every element; of the others 2
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ def _held(
     compute = 2 if half else 4
     bits8, bits32 = _by_bits(config, elements)
     states = _states(config, elements)
-    moment = 2 if half and not engine.master_weights and "8bit" not in config.optimizer.name else 4
+    plain = "8bit" not in config.optimizer.name and config.optimizer.rounding == "nearest"
+    moment = 2 if half and not engine.master_weights and plain else 4
     optimizer = states * (bits8 * (1 + 4 / 256) + bits32 * moment)
     if engine.engine == "fsdp":
         weights = elements.total * (4 if engine.master_weights else compute) / ranks
@@ -113,9 +113,11 @@ def _states(config: TrainConfig, elements: Elements) -> float:
     """Elements of optimizer state for each that is trained, on average; galore's and apollo's as of square matrices."""
     name, hidden = config.optimizer.name, config.model.hidden_size
     projected = min(2.0, 3 * config.optimizer.proj_rank / hidden)
+    if name in ("sgd", "adafactor"):  # whose means of rows and columns are small
+        return 1.0 if config.optimizer.momentum else 0.0
     of_matrices = {"muon": 1.0, "galore_adamw": projected, "apollo": projected}.get(name)
     if of_matrices is None:
-        return _STATES.get(name, 2)
+        return 2.0
     blocks = elements.block * config.model.num_hidden_layers / elements.total
     return blocks * of_matrices + (1 - blocks) * 2
 
@@ -188,6 +190,8 @@ def _activations(config: TrainConfig, paths: LinearPaths, device: str) -> dict[s
         "factorized" in paths.chosen.values() and paths.keeps_hidden
     ):
         layer += 7 * method.rank
+    if method.dropout and method.method in ("low_rank", "sltrain"):
+        layer += 6 * hidden + ff // tp  # inputs after dropout
     layers = model.num_hidden_layers
     if config.activation_checkpointing == "block":
         activations = tokens * (outside * layers + layer) * width

@@ -16,9 +16,16 @@ def finish_optimizer(settings: dict[str, Any], given: dict[str, Any]) -> None:
     """NAME_per_layer is NAME with --per_layer, and what follows from that."""
     name = settings["optimizer"].lower()
     settings["optimizer"] = name.removesuffix(PER_LAYER)
+    settings["asked"] = f"--optimizer {name}" if name.endswith(PER_LAYER) else "--per_layer"
     settings["per_layer"] = settings["per_layer"] or name.endswith(PER_LAYER)
-    if settings["embedding_state_bits"] not in (8, 32):
-        raise UserError(f"--embedding_state_bits {settings['embedding_state_bits']}: 8 or 32")
+    bits = settings["embedding_state_bits"]
+    if bits not in (8, 32):
+        raise UserError(f"--embedding_state_bits {bits}: 8 or 32")
+    if bits == 8 and "8bit" not in settings["optimizer"]:
+        raise UserError(
+            f"--embedding_state_bits 8: --optimizer {settings['optimizer']} keeps 32 bits everywhere; leave it out, or take "
+            "--optimizer adamw8bit"
+        )
     if not settings["per_layer"]:
         if settings["per_layer_clip"] is not None:
             raise UserError(
@@ -26,9 +33,12 @@ def finish_optimizer(settings: dict[str, Any], given: dict[str, Any]) -> None:
             )
         settings["master_weights"] = settings["master_weights"] or "fp32"
         return
-    settings["master_weights"] = settings["master_weights"] or "none"
+    wide = settings["dtype"] == "bfloat16" and settings["optimizer"] in ("adam", "adamw")
+    settings["master_weights"] = settings["master_weights"] or ("stochastic" if wide else "none")
     clips, what = settings["grad_clipping"], settings["per_layer_clip"]
     settings["per_layer_clip"] = what or ("error" if "grad_clipping" in given else "block")
+    if what in ("block", "lagged") and not clips:
+        raise UserError(f"--per_layer_clip {what}: of what? add --grad_clipping 1, or leave it out")
     if clips and settings["per_layer_clip"] == "error":
         raise UserError(
             f"--grad_clipping {clips:g}: the global norm is not known when the first block is updated; give --per_layer_clip block "
@@ -38,14 +48,16 @@ def finish_optimizer(settings: dict[str, Any], given: dict[str, Any]) -> None:
 
 def check_per_layer(settings: dict[str, Any], engine: EngineConfig) -> None:
     """Refuse what cannot be done inside backward."""
-    asked = f"--optimizer {settings['optimizer']}{PER_LAYER}"
+    asked = settings["asked"]
     if engine.engine == "zero":
         raise UserError(
-            f"{asked}: DeepSpeed steps after backward; take FSDP2: --engine fsdp without --ds_config, or --optimizer {settings['optimizer']}"
+            f"{asked}: DeepSpeed steps after backward; take FSDP2: --engine fsdp without --ds_config, or --optimizer {settings['optimizer']} "
+            "without --per_layer"
         )
     if settings["optimizer"].startswith("apex_"):
         raise UserError(
-            f"{asked}: apex counts updates of all layers together; use --optimizer {settings['optimizer'].removeprefix('apex_')}{PER_LAYER}"
+            f"{asked}: apex counts updates of all layers together; use --optimizer "
+            f"{settings['optimizer'].removeprefix('apex_')} with it"
         )
     if engine.grad_sync == "last":
         raise UserError(
@@ -69,10 +81,22 @@ def finish_projection(settings: dict[str, Any]) -> None:
 
 def warnings(config: TrainConfig) -> list[str]:
     """What works and is known to train badly, to be printed before training."""
-    name, method = config.optimizer.name, config.method.method
+    name, method, engine = config.optimizer.name, config.method.method, config.engine
+    found = []
+    nearest = config.optimizer.rounding == "nearest"
+    if (
+        name in ("adam", "adamw")
+        and engine.dtype == "bfloat16"
+        and not engine.master_weights
+        and nearest
+    ):
+        found.append(
+            f"--master_weights none: --optimizer {name} keeps its moments in bfloat16, where the second hardly decays; take "
+            f"--master_weights stochastic (float32 moments) or --optimizer {name}8bit"
+        )
     if name in PROJECTED and method in ("low_rank", "sltrain"):
-        return [
+        found.append(
             f"--optimizer {name}: projects gradients of whole weights; factors of --method {method} are low-rank already, and "
             "known to train worse so; take --method full with it, or --optimizer adamw"
-        ]
-    return []
+        )
+    return found

@@ -73,6 +73,7 @@ def resolve(arguments: Sequence[str], world_size: int) -> TrainConfig:
             settings["master_weights"] = None
         settings["workers"] = min(settings["workers"], os.cpu_count() or 1)
     settings |= _from_ds_config(ds_config) | given
+    settings["dtype"] = _dtype(settings)
     finish_optimizer(settings, given)
     _check_ranges(settings)
     finish_projection(settings)
@@ -235,7 +236,7 @@ def _engine(settings: dict[str, Any], ds_config: dict[str, Any] | None) -> Engin
         )
     if settings["cpu_offload"]:
         check_cpu_offload(settings, engine)
-    dtype = _dtype(settings)
+    dtype: Dtype = settings["dtype"]
     if settings["master_weights"] == "stochastic" and (engine == "zero" or dtype == "float32"):
         other = (
             "--engine zero steps on float32" if engine == "zero" else "--dtype float32 rounds no"

@@ -57,6 +57,8 @@ def test_search_gives_flags_that_fit(model, tmp_path, capsys):
         (["--gpus=3", "--tensor_parallel=2"], "--tensor_parallel 2: does not divide the 3 ranks"),
         (["--nonsense=1"], "--nonsense=1"),
         (["--png=/nonexistent/plan.png"], "--png /nonexistent/plan.png: cannot be written"),
+        (["--png=plan.txt"], "--png plan.txt: give a name that ends in .png"),
+        (["--gpu_memory=24"], "--gpu_memory 24: give a size"),
         (["--json=/tmp"], "--json /tmp: cannot be written"),
         (["--tflops=-1"], "--tflops -1: must be positive"),
         (["--fit"], "--fit: into what?"),
@@ -71,3 +73,11 @@ def test_wrong_input_is_one_line(model, capsys, flags, words):
     assert error.startswith("error: ")
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_what_is_refused_leaves_no_file(model, tmp_path, capsys):
+    one = tmp_path / "one.png"
+    assert plan.main([*model, f"--json={one}", f"--png={one}"]) == 2
+    assert "is --png's file too" in capsys.readouterr().err
+    assert plan.main([*model, "--optimizer=nope", f"--json={tmp_path / 'plan.json'}"]) == 2
+    assert not list(tmp_path.iterdir())

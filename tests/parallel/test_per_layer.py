@@ -1,5 +1,6 @@
 """Updates inside backward give the curve of updates after it, on any ranks; faults leave what they must alone."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sltrain_dist.parallel.fsdp import FsdpEngine
 from sltrain_dist.parallel.mesh import Mesh, close, initialise
@@ -125,6 +126,36 @@ def test_gradients_of_one_block_at_a_time(mesh: Mesh) -> None:
     assert seen == [set()] * len(seen)
 
 
+def test_a_projection_that_was_left_out_is_made_at_the_next_update(mesh: Mesh) -> None:
+    pytest.importorskip("galore_torch")
+    optimizer = dataclasses.replace(PLAIN, name="galore_adamw", proj_rank=8, update_proj_gap=100)
+    made = engine(mesh, optimizer, True)
+    name = "model.layers.1.mlp.up_proj.b"
+    with poisoned(layer(made, "layers.1.mlp.up_proj")):
+        tiny.update(made, 0, 0.01)
+    before = weights(made)[name]
+    assert made.skipped_blocks
+    tiny.update(made, 1, 0.01)
+    assert not torch.equal(before, weights(made)[name])
+
+
+def layer(made: FsdpEngine, end: str) -> nn.Module:
+    return next(module for name, module in made.module.named_modules() if name.endswith(end))
+
+
+@contextlib.contextmanager
+def poisoned(module: nn.Module, really: bool = True) -> Iterator[None]:
+    """The gradient of what ``module`` gives is not finite."""
+
+    def poison(module: Any, inputs: Any, output: Tensor) -> None:
+        if really and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.inf)
+
+    handle = module.register_forward_hook(poison)
+    yield
+    handle.remove()
+
+
 def weights(made: FsdpEngine) -> dict[str, Tensor]:
     return {name: local.detach().clone() for name, local in made.local.items()}
 
@@ -152,16 +183,9 @@ def broken_block(mesh: Mesh) -> tuple[list[str], int, float, float]:
     made = engine(mesh, PLAIN, True)
     tiny.train(made, 0, 1)
     before = weights(made)
-    block = next(m for n, m in made.module.named_modules() if n.endswith("layers.1.mlp.up_proj"))
-
-    def poison(module: Any, inputs: Any, output: Tensor) -> None:
-        if mesh.rank == 0 and output.requires_grad:
-            output.register_hook(lambda gradient: gradient * math.inf)
-
-    handle = block.register_forward_hook(poison)
     # the loss is finite, and so is everything above the poisoned layer
-    norm = tiny.update(made, 1, 0.01)[1]
-    handle.remove()
+    with poisoned(layer(made, "layers.1.mlp.up_proj"), mesh.rank == 0):
+        norm = tiny.update(made, 1, 0.01)[1]
     after = weights(made)
     same = [name for name in before if torch.equal(before[name], after[name])]
     loss = tiny.update(made, 2, 0.01)[0]
@@ -179,6 +203,22 @@ def test_a_blocks_gradient_that_is_not_finite(ranks: int, mesh: Mesh) -> None:
         assert math.isfinite(norm)
         assert math.isfinite(loss)
     assert len({skipped for _, skipped, _, _ in results}) == 1
+
+
+def test_lagged_clipping_after_blocks_were_left_alone(mesh: Mesh) -> None:
+    """The norm of a part, or of nothing, is no norm to clip the next update by; nothing updated is no update."""
+    optimizer = dataclasses.replace(PLAIN, grad_clipping=0.05, per_layer_clip="lagged")
+    made = engine(mesh, optimizer, True)
+    before = tiny.train(made, 0, 1)[0][1]
+    assert made._layers is not None
+    for number, module in enumerate((layer(made, "layers.1.mlp.up_proj"), made.module)):
+        with poisoned(module):
+            norm = tiny.update(made, 1 + number, 0.01)[1]
+        assert made._layers.last_norm == before
+        assert math.isfinite(norm) is (number == 0)
+    assert made.updates == 2
+    steps = {int(state["step"]) for state in made.optimizer.state.values()}
+    assert steps == {2}
 
 
 @pytest.mark.parametrize("clip", ["block", "lagged"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sltrain_dist.config import DataConfig, OptimizerConfig, TrainConfig
+from sltrain_dist.optim import describe
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.mesh import Mesh, close, initialise
 from sltrain_dist.tools.checkpoint_report import faults
@@ -187,6 +188,28 @@ def test_other_bits_for_the_embedding_are_refused(mesh: Mesh, tmp_path: Path) ->
     other = dataclasses.replace(OPTIMIZER, embedding_state_bits=32)
     with pytest.raises(Exception, match="trained with --embedding_state_bits 8"):
         load(folder, engine, layout.config(mesh, str(tmp_path), other))
+
+
+@pytest.mark.parametrize("kind", ["zero0", "zero1", "zero2", "zero3"])
+def test_a_copied_state_is_of_its_moment(mesh: Mesh, kind: str) -> None:
+    """What a save that goes on beside training writes must not change with the next update."""
+    engine = Layout(kind).engine(mesh)
+    tiny.train(engine, 0, 1)
+    assert engine.copies_state
+    state = engine.state()
+    before = {name: tensor.to_local().clone() for name, tensor in state.items()}
+    assert any(name.startswith("quantised.") for name in state)
+    tiny.train(engine, 1, 1)
+    assert all(torch.equal(before[name], tensor.to_local()) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_the_summary_counts_each_element_once(mesh: Mesh, kind: str) -> None:
+    engine = Layout(kind).engine(mesh)
+    groups = {group["bits"]: group["elements"] for group in describe(engine.optimizer)["groups"]}
+    twin = Layout("fsdp").engine(mesh)
+    expected = {group["bits"]: group["elements"] for group in describe(twin.optimizer)["groups"]}
+    assert groups == pytest.approx(expected, abs=1024)  # ZeRO pads
 
 
 def test_bytes_are_a_quarter(mesh: Mesh) -> None:

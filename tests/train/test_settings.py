@@ -171,6 +171,8 @@ MISTAKES = [
         "--total_batch_size 10: not divisible by --batch_size 4",
     ),
     ("--batch_size 4 --total_batch_size 8 --gradient_accumulation 3", "--gradient_accumulation 3"),
+    ("--embedding_state_bits 8", "--embedding_state_bits 8: --optimizer adamw keeps 32 bits"),
+    ("--per_layer --per_layer_clip lagged --grad_clipping 0", "--per_layer_clip lagged: of what?"),
     ("--proj_rank 4", "--proj_rank 4: --optimizer adamw projects nothing; leave it out"),
     ("--optimizer galore_adamw --proj_rank 0", "--proj_rank 0: must be positive"),
     ("--dtype float16", "--dtype float16"),
@@ -422,3 +424,13 @@ def test_projections_of_factors_are_warned_of():
     assert config(f"{line} sltrain").optimizer.proj_rank == 16
     assert "--method full" in warnings(config(f"{line} sltrain"))[0]
     assert not warnings(config(f"{line} full"))
+
+
+def test_adam_per_layer_keeps_float32_moments():
+    line = "--batch_size 4 --dtype bfloat16 --optimizer"
+    assert config(f"{line} adamw_per_layer").optimizer.rounding == "stochastic"
+    assert config(f"{line} adamw8bit_per_layer").optimizer.rounding == "nearest"
+    assert config(f"{line} adamw").engine.master_weights
+    asked = config(f"{line} adamw_per_layer --master_weights none")
+    assert asked.optimizer.rounding == "nearest"
+    assert "stochastic (float32 moments)" in warnings(asked)[0]
