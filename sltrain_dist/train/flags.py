@@ -127,8 +127,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("replicate", "fsdp: copies of the model kept beside each other, each sharded over the other ranks (HSDP)", 1, int),
         Flag("shard", "fsdp: ranks a copy is sharded over; derived: data-parallel ranks / --replicate", kind=int),
         Flag("dtype", "number format of compute; derived: bfloat16 on CUDA, else float32"),
-        Flag("master_weights", "fp32 weights beside bfloat16 compute, or none, rounding to nearest or stochastically (with the reference's flags, "
-             "per layer and fsdp: none)", choices=("fp32", "none", "stochastic")),
+        Flag("master_weights", "fp32 weights beside bfloat16 compute, or none, rounding to nearest or stochastically ; derived: fp32, "
+             "per layer stochastic for adam and adamw in bfloat16 and none for others, with the reference's flags none", choices=("fp32", "none", "stochastic")),
         Flag("grad_sync", "fsdp: reduce gradients each micro-batch, or once an update", "each", choices=("each", "last")),
         Flag("activation_checkpointing", "in backward compute each block again, or what its norms and SwiGLU gave (no products)",
              "none", choices=("none", "block", "selective"), const="block"),

@@ -79,7 +79,7 @@ def test_checkpointing_keeps_less():
         planned(f"--activation_checkpointing={kind}").measured.peak["activations"]
         for kind in ("none", "selective", "block")
     ]
-    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > 1.1 * kept[1] > 1.1 * kept[2]
 
 
 @pytest.mark.parametrize("flags", [
@@ -95,7 +95,9 @@ def test_formula_is_near_the_fake_run(flags):
 
 def test_more_ranks_than_rows_and_tensor_parallelism():
     wide = planned("--tensor_parallel=2", "--sequence_parallel", gpus=512, device="cuda")
-    assert wide.measured.peak["weights"] > 0
+    trained = wide.setting.parameters["total"]
+    # a rank of 256 holds a row of every tensor at least, and the first rank always has one
+    assert trained * 4 / 512 < wide.measured.peak["weights"] < 8 * trained * 4 / 512
     assert torch.distributed.is_initialized() is False
 
 
