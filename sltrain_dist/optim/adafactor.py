@@ -60,10 +60,10 @@ class Adafactor(Optimizer):
 
     @staticmethod
     def _update(
-        parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+        parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
         state["step"] += 1
-        weight = state["step"].item() ** group["decay"]
+        weight = state["step"] ** group["decay"]
         square = gradient.square().add_(group["eps"])
         if gradient.dim() >= 2:
             rows, columns = state["row_mean"], state["column_mean"]

@@ -62,7 +62,7 @@ OPTIMIZERS: dict[str, Row] = {
     "adamw": Row(torch.optim.AdamW, _adam, adam_states),
     "adam": Row(torch.optim.Adam, _adam, adam_states),
     "sgd": Row(torch.optim.SGD, _sgd, _sgd_states, counter="none"),
-    "adafactor": Row(Adafactor, _adafactor, _adafactor_states, whole_matrices=True),
+    "adafactor": Row(Adafactor, _adafactor, _adafactor_states, whole_matrices=True, counter="int"),
     "adamw8bit": Row(BlockwiseAdam, _blockwise, adam_states, counter="int", bits=8),
     "adam8bit": Row(BlockwiseAdam, _blockwise, adam_states, counter="int", bits=8),
     "muon": MUON,

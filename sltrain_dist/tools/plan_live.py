@@ -82,7 +82,7 @@ class Live(TorchDispatchMode):
         if any(kind is DTensor for kind in types):
             return NotImplemented  # its local tensors come here on their own
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 0  # norms are finite, no loss is not
+            return 0.0 if args[0].is_floating_point() else 0  # norms are finite, no loss is not
         result = func(*args, **(kwargs or {}))
         if active_fake_mode() is not self._fake_mode:
             return result  # DTensor works out shapes

@@ -74,6 +74,12 @@ def test_eight_bits_and_per_layer():
     assert small["gradients"] <= usual["gradients"]
 
 
+def test_a_per_layer_update_is_run_to_its_end():
+    """A loss that the fake run took for infinite would end it before backward."""
+    usual, inside = (planned(f"--optimizer=adam8bit{end}").measured for end in ("", "_per_layer"))
+    assert len(inside.history) > 0.9 * len(usual.history)
+
+
 def test_checkpointing_keeps_less():
     kept = [
         planned(f"--activation_checkpointing={kind}").measured.peak["activations"]
