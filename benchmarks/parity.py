@@ -99,7 +99,7 @@ def main() -> int:
     )
     parser.add_argument("--updates", type=int, default=100, help=f"more than {KILL_AFTER}")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=tuple(LAYOUTS))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON; rows of other layouts that it has are kept")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     rows: list[dict[str, Any]] = []
@@ -138,7 +138,9 @@ def main() -> int:
         shutil.rmtree(folder)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        document = {"about": about("cpu"), "updates": arguments.updates, "rows": rows}
+        known = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+        kept = [row for row in known if row["what"] not in {new["what"] for new in rows}]
+        document = {"about": about("cpu"), "updates": arguments.updates, "rows": kept + rows}
         arguments.out.write_text(json.dumps(document, indent=1) + "\n")
     return 0 if good else 1
 
