@@ -138,8 +138,10 @@ def _micro_batches(config: TrainConfig, given: dict[str, Any], data: int) -> Ite
 
 
 def _larger(one: TrainConfig, other: TrainConfig) -> bool:
-    """Whether ``one`` is ``other`` with a larger micro-batch."""
-    same = one.engine.tensor_parallel == other.engine.tensor_parallel
+    """Whether ``one`` is ``other`` with a larger micro-batch; without accumulation it may hold less all the same."""
+    same = one.engine.tensor_parallel == other.engine.tensor_parallel and (
+        (one.engine.gradient_accumulation == 1) == (other.engine.gradient_accumulation == 1)
+    )
     return (
         same
         and one.activation_checkpointing == other.activation_checkpointing

@@ -62,8 +62,10 @@ def peak_memory(mesh: Mesh) -> int:
 def peak_resident() -> int:
     """Bytes of RAM at this program's peak; getrusage also counts the process that started it, before its exec."""
     status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    if status.exists() and "VmHWM:" in (
+        text := status.read_text()
+    ):  # some containers' kernels have none
+        return int(text.partition("VmHWM:")[2].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
