@@ -22,8 +22,8 @@ from step import Trainer
 
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.data import open_data, prepare_data
-from sltrain_dist.train.loop import on_device
 from sltrain_dist.train.settings import resolve
+from sltrain_dist.train.update import on_device
 
 
 def configure(arguments: argparse.Namespace, workers: int) -> TrainConfig:

@@ -26,8 +26,8 @@ from sltrain_dist.parallel.engine import Engine, build_engine
 from sltrain_dist.parallel.mesh import Mesh, close, initialise
 from sltrain_dist.train.build import make_model
 from sltrain_dist.train.linear_paths import LinearPaths, decide
-from sltrain_dist.train.loop import update
 from sltrain_dist.train.settings import resolve
+from sltrain_dist.train.update import update
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 BOUND, UPDATES = 1e-6, 20

@@ -1,20 +1,30 @@
 #!/usr/bin/env python
 """Pre-train a LLaMA: deepspeed launcher/pretrain.py --ds_config ds_configs/zero2.json (or torchrun, or python).
 
-Exit codes: 0 trained to the end, 2 an error that the user can mend, 1 anything else.
+Exit codes: 0 trained to the end; 2 an error that the user can mend; 75 a signal (SIGUSR1, SIGTERM, SIGINT) asked for the
+end and everything is saved: start it again with --continue_from auto; 1 anything else; 128 + n a second signal n.
+Torchrun takes 75 for a fault: where it would restart its workers they end with 0, and heartbeat.json says "interrupted".
 """
 
 import os
 import sys
 
-# Threads that spin while they wait bring a machine shared with anyone else to a crawl. Read when torch is imported.
+if __name__ == "__main__":  # before the heavy imports: a signal may come at any moment
+    from sltrain_dist.utils import interrupt
+
+    interrupt.install()
+
+# Read when torch is imported. Threads that spin while they wait bring a machine shared with anyone else to a crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that the flight recorder keeps
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its profiler is not to say when it starts
 
 
 def main(arguments: list[str]) -> int:
     """Parse, build, train."""
     # The checks come before the heavy imports, so that a wrong flag costs seconds.
-    from sltrain_dist.utils.errors import UserError, report
+    from sltrain_dist.utils.errors import FaultError, UserError, report
+    from sltrain_dist.utils.interrupt import REQUEUE, InterruptError
 
     try:
         from sltrain_dist.parallel import mesh
@@ -33,8 +43,19 @@ def main(arguments: list[str]) -> int:
             mesh.close()
     except UserError as error:
         return report(str(error))
+    except FaultError as error:
+        return report(str(error), 1, error.speaks)
+    except InterruptError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"interrupted by {error}", flush=True)
+        left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        )
+        return 0 if left > 0 else REQUEUE
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    interrupt.ignore()  # launchers send a signal to the rank that ends last, and take its end for the outcome
+    sys.exit(code)

@@ -310,6 +310,21 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """What a run does about faults and spikes, and what it measures beside its curves."""
+
+    max_skips: int = (
+        20  # updates in a row without a finite gradient before it goes back to a checkpoint
+    )
+    max_rewinds: int = 3  # times that it goes back before it gives up
+    spike_sigma: float = 6.0  # standard deviations above the last losses that make a spike; 0: none
+    spike_action: Literal["log", "skip"] = "log"
+    sample_every: int = 100  # updates between samples of what collectives take; 0: none
+    prometheus: str | None = None  # text file for a node exporter
+    profile: tuple[int, int] | None = None  # first and last update that is traced
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The run itself: what to train, for how long, what to write where."""
 
@@ -342,6 +357,7 @@ class TrainConfig:
     name: str = "run"
     tags: tuple[str, ...] = ()
     timeout: float = 600.0  # seconds a collective may take
+    watch: WatchConfig = WatchConfig()
     command: tuple[str, ...] = field(default=(), compare=False)
 
     @property

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from sltrain_dist.data.samples import Batch, Samples, cut
-from sltrain_dist.utils import counter_random
+from sltrain_dist.utils import counter_random, interrupt
 
 T = TypeVar("T")
 
@@ -101,8 +101,14 @@ def index_updates(
         sampler=numbers,
         num_workers=workers,
         generator=torch.Generator(),
+        # After torch has set its own handlers: a scheduler's signal reaches workers too, and must not end them.
+        worker_init_fn=_go_on,
     )
     return iter(loader)
+
+
+def _go_on(worker: int) -> None:
+    interrupt.ignore()
 
 
 def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:

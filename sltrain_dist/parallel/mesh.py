@@ -12,6 +12,7 @@ Ranks stand on three axes, tensor parallel innermost, so that its ranks share a 
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from sltrain_dist.utils.errors import UserError
 
@@ -238,6 +239,12 @@ def check_axes(world_size: int, tensor_parallel: int, replicate: int) -> None:
         )
 
 
+def group_store() -> Any:
+    """The key-value store that the ranks met in; threads may use it beside each other."""
+    store: Any = _get_default_store()
+    return store
+
+
 def close() -> None:
     """Leave the process group, if this process is in one."""
     if dist.is_initialized():
@@ -269,6 +276,18 @@ def max_over_ranks(mesh: Mesh, tensor: Tensor) -> Tensor:
     if mesh.world_size > 1:
         dist.all_reduce(result, dist.ReduceOp.MAX)
     return result
+
+
+def gather_numbers(mesh: Mesh, numbers: Sequence[float]) -> Tensor:
+    """Every rank's ``numbers``, float64 [ranks, numbers], in host memory; one collective and one copy from the device."""
+    own = torch.tensor([numbers], dtype=torch.float64)
+    if mesh.world_size == 1 or dist.get_backend() == _FAKE:
+        return own.expand(mesh.world_size, -1)
+    everyone = own.new_empty(mesh.world_size, len(numbers), device=mesh.device)
+    # In rows of zeros that are added up, as every version of torch and every back end can.
+    everyone.zero_()[mesh.rank] = own[0]
+    dist.all_reduce(everyone)
+    return everyone.cpu()
 
 
 def gather_objects(mesh: Mesh, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

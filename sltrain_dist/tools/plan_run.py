@@ -31,7 +31,7 @@ from sltrain_dist.tools.plan_live import Live
 from sltrain_dist.tools.plan_zero import ZeroRank
 from sltrain_dist.train.build import make_model
 from sltrain_dist.train.linear_paths import LinearPaths
-from sltrain_dist.train.loop import update
+from sltrain_dist.train.update import update
 
 _MICRO_BATCHES = 2  # enough to see gradients of one kept while the next ones are made
 

@@ -7,10 +7,13 @@ Work that one rank does for all (folders, tokenising) goes through ``on_first``,
 the first rank ends every rank with the same single line.
 """
 
+import os
 import random
+import signal
+import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,17 +29,25 @@ from sltrain_dist.model.tensor_parallel import parallelize
 from sltrain_dist.ops import kernels
 from sltrain_dist.optim.table import OptimizerFactory, assert_live
 from sltrain_dist.parallel.engine import Engine, ModelFactory, build_engine, load_libraries
-from sltrain_dist.parallel.mesh import Mesh, gather_objects, gather_patiently
+from sltrain_dist.parallel.mesh import (
+    Mesh,
+    gather_numbers,
+    gather_objects,
+    gather_patiently,
+)
 from sltrain_dist.parallel.tensor import TensorParallel, tensor_parallel
 from sltrain_dist.params import count_parameters
-from sltrain_dist.train.checkpoint import Found, find, load
+from sltrain_dist.train.checkpoint import Found, Progress, find, load
 from sltrain_dist.train.init_from import start_from
+from sltrain_dist.train.journal import Journal
 from sltrain_dist.train.linear_paths import LinearPaths, decide
 from sltrain_dist.train.memory import estimate_memory
 from sltrain_dist.train.run_folder import Records, choose_folder, claim_folder, lock_folder
 from sltrain_dist.train.summary import peak_memory, print_summary, say
 from sltrain_dist.train.tracker import NoTracker, Tracker, check_tracker, open_tracker
+from sltrain_dist.train.watch import LossWatch
 from sltrain_dist.utils.errors import UserError
+from sltrain_dist.utils.interrupt import InterruptError, interruptible, requested
 
 T = TypeVar("T")
 _SLOWEST_FOLDER = 10.0  # seconds until a file written on one node must be seen on another
@@ -51,6 +62,7 @@ class Run:
     data: Data
     engine: Engine
     records: Records
+    journal: Journal
     tracker: Tracker
     parameters: dict[str, int]  # params.count_parameters
     estimate: dict[str, int]  # bytes by purpose, before training
@@ -58,9 +70,69 @@ class Run:
     baseline: int  # bytes a rank used before the model existed: the interpreter and its libraries
     step: int = 0
     tokens_seen: int = 0
-    seconds: float = 0.0  # of training, before the last resume
     skipped: int = 0  # updates in a row whose gradient was not finite
     lock: object = None  # held until the process ends: no second run writes in the folder
+    hosts: list[str] = field(default_factory=list)  # of every rank
+    position: int = 0  # batches of the data read: ``step``, and more after going back past bad ones
+    started_at: int = 0  # step of this segment's start
+    trained: float = 0.0  # seconds of the updates that count, over all segments
+    rewinds: int = 0  # times that this segment went back to a checkpoint
+    evaluated: tuple[float, int] | None = None  # held-out (loss, tokens) of this very step
+    missed: bool = False  # an evaluation was due when the run was interrupted
+    began: float = field(
+        default_factory=time.perf_counter
+    )  # less the seconds before the last resume
+    losses: LossWatch = field(default_factory=lambda: LossWatch(0.0))
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether this step is one to evaluate at, and that is not done yet."""
+        every, last = self.config.eval_every, self.config.optimizer.total_steps
+        regular = self.step > self.started_at and every and self.step % every == 0
+        return self.evaluated is None and bool(self.missed or regular or self.step >= last)
+
+    def seconds(self) -> float:
+        """Wall time of the run, over all segments, what was lost between them left out."""
+        return time.perf_counter() - self.began
+
+    def asked(self) -> int:
+        """The number of a signal that some rank was sent to end the run, or 0; collective."""
+        return int(gather_numbers(self.mesh, (signal_number(),)).max())
+
+    def count(self, tokens: int, seconds: float) -> None:
+        """Note that an update was done."""
+        self.step, self.position = self.step + 1, self.position + 1
+        self.tokens_seen, self.trained = self.tokens_seen + tokens, self.trained + seconds
+        self.evaluated, self.missed = None, False
+
+    def progress(self) -> Progress:
+        """Where the run stands, for a checkpoint."""
+        metrics = self.records.position() | {
+            "seconds": self.seconds(),
+            "trained": self.trained,
+            "losses": self.losses.state(),
+            "evaluated": self.evaluated,
+            "missed": self.evaluation_due,
+        }
+        return Progress(self.step, self.tokens_seen, self.data.state(self.position), metrics)
+
+    def take(self, progress: Progress, position: int | None = None) -> None:
+        """Stand where ``progress`` says; ``position``: but read on from this batch."""
+        metrics = progress.metrics
+        self.step, self.tokens_seen = progress.step, progress.tokens_seen
+        self.started_at, self.skipped = self.step, 0
+        self.trained = float(metrics.get("trained", metrics.get("seconds", 0.0)))
+        self.losses.load_state(metrics.get("losses", []))
+        evaluated = metrics.get("evaluated")
+        self.evaluated = None if evaluated is None else (evaluated[0], evaluated[1])
+        self.missed = bool(metrics.get("missed"))
+        self.position = int(progress.data["update"]) if position is None else position
+
+
+def signal_number() -> int:
+    """The signal that asked this process to end, or 0."""
+    name = requested()
+    return signal.Signals[name].value if name else 0
 
 
 def on_first(mesh: Mesh, action: Callable[[], T], patient: bool = False) -> T:
@@ -89,12 +161,15 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
         UserError: anything a user can mend; nothing that was saved has been touched.
     """
     check_tracker(config.tracker)
+    hosts = [str(host) for host in gather_objects(mesh, socket.gethostname())]
     folder = on_first(mesh, lambda: choose_folder(config))
     found = find(config.continue_from, folder, mesh)
     on_first(mesh, lambda: claim_folder(folder, config))
     lock = _lock(mesh, folder)
     _check_shared(mesh, folder)
     config = replace(config, save_dir=str(folder), name=config.name or folder.name)
+    journal = Journal(folder, mesh.is_first, config.watch.prometheus)
+    journal.beat("starting", total_steps=config.optimizer.total_steps)
     data = _open_data(config, mesh)
     dtype, model = getattr(torch, config.engine.dtype), config.model
     attention = resolve_attention(config.attention, mesh.device, dtype, model.head_dim)
@@ -123,10 +198,15 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     sharding = mesh.shard_size if config.engine.engine == "fsdp" else mesh.dp_size
     estimate = estimate_memory(config, parameters, sharding, paths, mesh.device.type)
     run = Run(
-        config, mesh, data, engine, records, tracker, parameters, estimate, paths, baseline,
-        lock=lock,
+        config, mesh, data, engine, records, journal, tracker, parameters, estimate, paths, baseline,
+        lock=lock, hosts=hosts, losses=LossWatch(config.watch.spike_sigma),
     )  # fmt: skip
     _resume(run, found)
+    journal.event(
+        "start", run.step, world_size=mesh.world_size, tensor_parallel=mesh.tp_size, engine=engine.name,
+        hosts=list(dict.fromkeys(hosts)), continued_from=found.folder and str(found.folder),
+        restarts=journal.restarts, command=config.command, job=os.environ.get("SLURM_JOB_ID"),
+    )  # fmt: skip
     records.config(config)
     records.tokenizer(data.tokenizer)
     print_summary(run, attention, norm)
@@ -200,12 +280,14 @@ def _open_data(config: TrainConfig, mesh: Mesh) -> Data:
     problem = None
     if mesh.local_rank == 0:
         try:
-            prepare_data(config.data, config.model.vocab_size)
-        except UserError as error:
-            problem = str(error)
+            with interruptible():
+                prepare_data(config.data, config.model.vocab_size)
+        except (UserError, InterruptError) as error:
+            problem = (isinstance(error, InterruptError), str(error))
     problems = [found for found in gather_patiently(mesh, problem) if found]
     if problems:
-        raise UserError(problems[0])
+        interrupted, text = problems[0]
+        raise InterruptError(f"{text} while data was prepared") if interrupted else UserError(text)
     data = open_data(
         config.data,
         config.model.vocab_size,
@@ -258,8 +340,8 @@ def _resume(run: Run, found: Found) -> None:
         run.records.rewind({})
         return
     resumed = load(found.folder, run.engine, run.config)
-    run.step, run.tokens_seen = resumed.progress.step, resumed.progress.tokens_seen
-    run.seconds = float(resumed.progress.metrics.get("seconds", 0.0))
+    run.take(resumed.progress)
+    run.began -= float(resumed.progress.metrics.get("seconds", 0.0))
     run.data.load_state(resumed.progress.data)
     if Path(found.folder).resolve().parent == run.records.folder.resolve():
         run.records.rewind(resumed.progress.metrics)

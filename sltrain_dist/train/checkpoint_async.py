@@ -11,6 +11,7 @@ import dataclasses
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -137,8 +138,14 @@ class Saver:
     a save in flight is waited for even when training failed.
     """
 
-    def __init__(self, mesh: Mesh, config: TrainConfig) -> None:
-        self.mesh, self.config = mesh, config
+    def __init__(
+        self,
+        mesh: Mesh,
+        config: TrainConfig,
+        ended: Callable[[int, Saved], None] = lambda step, saved: None,
+    ) -> None:
+        """``ended``: called with the step and the outcome of every save, in the training thread."""
+        self.mesh, self.config, self._told = mesh, config, ended
         self.stands = True  # whether the last save that ended is on the disk
         self.copies = HostCopies()
         self._asynchronous: bool | None = None  # decided at the first save
@@ -165,6 +172,11 @@ class Saver:
             staged = dataclasses.replace(staged, tensors=self.copies.fill(staged.tensors))
         self._flight = _Flight(staged, self.config, self.mesh, self._group)
         return lines
+
+    @property
+    def flying(self) -> bool:
+        """Whether a save is on its way whose outcome is not known yet."""
+        return self._flight is not None
 
     def poll(self) -> list[str]:
         """The outcome of a save that has ended since; raises what its thread raised. Not collective."""
@@ -199,6 +211,7 @@ class Saver:
 
     def _report(self, step: int, saved: Saved) -> list[str]:
         self.stands = saved.folder is not None
+        self._told(step, saved)
         lines = [f"warning: {warning}" for warning in saved.warnings]
         return [*lines, f"step {step}: saved {saved.folder}"] if self.stands else lines
 

@@ -139,6 +139,15 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("timeout", "seconds that a collective may take", 600.0, float),
         Flag("local_rank", argparse.SUPPRESS, kind=int),
     ),
+    "watch": (
+        Flag("max_skips", "updates in a row whose gradient is not finite before the run goes back to its last checkpoint, past the bad data", 20, int),
+        Flag("max_rewinds", "times that it goes back before it gives up", 3, int),
+        Flag("spike_sigma", "a loss so many standard deviations above the last 64 is a spike; 0: none is", 6.0, float),
+        Flag("spike_action", "say spikes, or leave the weights as they are too", "log", choices=("log", "skip")),
+        Flag("watch_every", "updates between samples of what communication takes and who is slow; 0: none", 100, int),
+        Flag("profile", "updates to trace, as 10:12: trace and memory snapshot in save_dir/profile"),
+        Flag("prometheus", "text file for a node exporter, replaced at most once a second"),
+    ),
 }  # fmt: skip
 
 FLAGS = {flag.name: flag for flags in GROUPS.values() for flag in flags}

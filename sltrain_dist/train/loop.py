@@ -1,169 +1,287 @@
-"""The training loop: updates, records, evaluations, checkpoints, and the end of a run.
+"""The training loop: updates, evaluations, checkpoints, and the end of a run.
 
-The loss of an update is the sum of token losses over all valid tokens of all ranks and
-micro-batches, divided by their number: it does not depend on how the batch was cut.
+What a rank alone would decide (a signal reached it, its part of a save failed) goes round in one collective an
+update, together with the figures that are recorded, so that all ranks do the same.
 """
 
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sltrain_dist.data.samples import Batch
 from sltrain_dist.optim.schedule import learning_rate
-from sltrain_dist.parallel.mesh import sum_over_ranks
-from sltrain_dist.train.build import Run
-from sltrain_dist.train.checkpoint import Progress
-from sltrain_dist.train.checkpoint_async import Saver
-from sltrain_dist.train.evaluate import Batch, evaluate, perplexity, write_text
-from sltrain_dist.train.summary import human_bytes, peak_memory, say, throughput
+from sltrain_dist.parallel.mesh import gather_numbers, gather_objects
+from sltrain_dist.train.build import Run, signal_number
+from sltrain_dist.train.checkpoint import find, load
+from sltrain_dist.train.evaluate import evaluate, perplexity, write_text
+from sltrain_dist.train.liveness import Liveness
+from sltrain_dist.train.saves import Saves, describe
+from sltrain_dist.train.summary import human_bytes, own_peak, peak_memory, say, throughput
+from sltrain_dist.train.timing import Stopwatch, Wire, listening, slowest
+from sltrain_dist.train.trace import Trace
+from sltrain_dist.train.update import update
 from sltrain_dist.utils.errors import UserError
+from sltrain_dist.utils.interrupt import InterruptError, signal_name
 
 SAMPLE_TOKENS = 80
 SAMPLE_SECONDS = 30.0  # a 7B on a CPU takes as long for two tokens
-SKIPS_IN_A_ROW = 20  # updates without a finite gradient before a run gives up
+_ASK_EVERY = 8  # batches of an evaluation between two questions whether to end
+
+
+@dataclass
+class Parts:
+    """What lives as long as the loop."""
+
+    saves: Saves
+    liveness: Liveness
+    trace: Trace
+    clock: Stopwatch
+    bar: "tqdm[Any]"
+    updates: Iterator[list[Batch]]
+    rates: list[float] = field(default_factory=list)  # tokens a second of this segment's updates
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train from where ``run`` stands to the last update, evaluate, save; returns the summary."""
-    config, started = run.config, time.perf_counter()
+    """Train from where ``run`` stands to the last update, evaluate, save; returns the summary.
+
+    Raises:
+        InterruptError: a signal asked for the end, and everything is saved.
+        UserError: gradients that are not finite, a final checkpoint that could not be saved.
+        FaultError: another rank is gone.
+    """
+    config, mesh, folder = run.config, run.mesh, run.records.folder
     steps = config.optimizer.total_steps
-    updates = run.data.updates(run.step)
-    evaluated, rates = None, []
-    started -= run.seconds  # of the segments before a resume
-    with Saver(run.mesh, config) as saver, _bar(run, steps) as bar:
-        while run.step < steps:
-            began = time.perf_counter()
-            lr = learning_rate(config.optimizer, run.step)
-            skipped = run.engine.skipped_blocks
-            loss, tokens, norm = update(run, next(updates), lr)
-            _watch(run, norm, run.engine.skipped_blocks - skipped)
-            run.step += 1
-            run.tokens_seen += tokens
-            rates.append(tokens / (time.perf_counter() - began))
-            line = {
-                "step": run.step,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": norm,
-                "tokens_seen": run.tokens_seen,
-                "tokens_per_second": rates[-1],
-                "peak_memory_bytes": peak_memory(run.mesh),
-            }
-            if config.engine.per_layer:
-                line["skipped_blocks"] = run.engine.skipped_blocks
-            _record(run, line)
-            _advance(bar, run, line)
-            _tell(run, saver.poll())
-            last = run.step == steps
-            if last or (config.eval_every and run.step % config.eval_every == 0):
-                evaluated = _evaluate(run)
-            if last or (config.save_every and run.step % config.save_every == 0):
-                _save(run, saver, time.perf_counter() - started)
-        _tell(run, saver.wait())
-    summary = _finish(run, evaluated or _evaluate(run), rates, time.perf_counter() - started)
-    if not saver.stands:
-        raise UserError(
-            f"--save_dir {config.save_dir}: the final checkpoint could not be saved (see above); make room and "
-            "continue with --continue_from auto"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_told(run))
+        parts = Parts(
+            stack.enter_context(Saves(run)),
+            stack.enter_context(Liveness(mesh, folder, config.timeout)),
+            Trace(config.watch.profile, folder, mesh.rank),
+            Stopwatch(mesh.device),
+            stack.enter_context(_bar(run, steps)),
+            run.data.updates(run.position),
         )
+        asked = run.asked()
+        while True:
+            _end_if(asked, run, parts)
+            if run.evaluation_due:
+                _evaluate(run, parts)
+            if parts.saves.due():
+                _save(run, parts)
+            if run.step >= steps:
+                break
+            asked = _step(run, parts)
+        _finish_saves(run, parts)
+        summary = _finish(run, parts.rates)
+        run.journal.event("finished", run.step)
+        run.journal.beat("finished")
     return summary
 
 
-def update(run: Run, micro_batches: list[Batch], lr: float) -> tuple[float, int, float]:
-    """One update of the weights.
+def _step(run: Run, parts: Parts) -> int:
+    """One update with all that is recorded of it; returns the number of a signal that some rank was sent, or 0."""
+    config, mesh, number = run.config, run.mesh, run.step + 1
+    lr, blocks = learning_rate(config.optimizer, run.step), run.engine.skipped_blocks
+    began = time.perf_counter()
+    parts.clock.begin("data")
+    parts.liveness.at("data", run.step)
+    batches = next(parts.updates)
+    parts.liveness.at("training", run.step)
+    refuses = run.losses.stands_out if config.watch.spike_action == "skip" else None
+    every = config.watch.sample_every
+    sampled = mesh.world_size > 1 and every > 0 and (number - run.started_at) % every == min(2, every - 1)  # fmt: skip
+    sampled = not parts.trace.begin(number) and sampled
+    with listening(mesh.device) if sampled else contextlib.nullcontext(Wire()) as wire:
+        loss, tokens, norm = update(run, batches, lr, clock=parts.clock, refuses=refuses)
+    phases = parts.clock.end()
+    parts.trace.end(number)
+    parts.saves.poll()
+    own = (own_peak(mesh), signal_number(), parts.saves.unplanned, wire.seconds)
+    everyone = gather_numbers(mesh, own)
+    seconds = time.perf_counter() - began
+    if everyone[:, 2].all():
+        parts.saves.plan()
+    run.count(tokens, seconds)
+    parts.rates.append(tokens / seconds)
+    line = {
+        "step": number, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_seen": run.tokens_seen,
+        "tokens_per_second": parts.rates[-1], "peak_memory_bytes": int(everyone[:, 0].max()),
+        "time": round(time.time(), 3), "seconds": seconds, "goodput": run.journal.goodput(run.trained),
+    }  # fmt: skip
+    line |= {f"seconds_{phase}": taken for phase, taken in phases.items()}
+    if parts.saves.seconds:
+        line["seconds_save"], parts.saves.seconds = parts.saves.seconds, 0.0
+    if sampled:
+        line |= _waits(run, everyone[:, 3], seconds)
+    if (utilisation := throughput(run, parts.rates[-1])) is not None:
+        line["mfu"] = utilisation
+    if config.engine.per_layer:
+        line["skipped_blocks"] = run.engine.skipped_blocks
+    _record(run, line)
+    _advance(parts.bar, line)
+    _watch(run, parts, loss, norm, run.engine.skipped_blocks - blocks)
+    return int(everyone[:, 1].max())
 
-    Args:
-        micro_batches: this rank's share of the global batch.
 
-    Returns:
-        (mean loss in nats per token, valid tokens over all ranks, global gradient norm).
-    """
-    engine, mesh = run.engine, run.mesh
-    counts = torch.stack([(batch["labels"] >= 0).sum() for batch in micro_batches])
-    valid = sum_over_ranks(mesh, counts.sum())
-    if run.config.loss_average == "micro_batches":  # the reference's mean of means
-        weights = (counts.clamp(min=1) * len(micro_batches) * mesh.dp_size).to(mesh.device)
-    else:
-        weights = valid.clamp(min=1).expand(len(micro_batches))
-    engine.begin_update(lr)
-    total: Tensor = torch.zeros((), device=mesh.device)
-    for number, (tokens, labels) in enumerate(on_device(micro_batches, mesh.device)):
-        share = engine.module(tokens, labels) / weights[number]
-        engine.accumulate(share, last=number == len(micro_batches) - 1)
-        total += share.detach()
-    norm = engine.step(lr)
-    return float(sum_over_ranks(mesh, total)), int(valid), norm
+def _waits(run: Run, waited: Tensor, seconds: float) -> dict[str, Any]:
+    """What a sampled update tells: seconds in collectives, and the rank that the others waited for."""
+    fields: dict[str, Any] = {"seconds_communication": float(waited.median())}
+    found = slowest(run.mesh, waited, seconds)
+    if found is None:
+        run.journal.alarm("straggler", None)
+        return fields
+    rank, behind = found
+    text = f"rank {rank} ({run.hosts[rank]}) kept the others waiting {behind:.2f} s of an update of {seconds:.2f} s"
+    run.journal.event("straggler", run.step, rank=rank, host=run.hosts[rank], seconds=behind)
+    run.journal.alarm("straggler", text)
+    return fields | {"slowest_rank": rank, "slowest_seconds": behind}
 
 
-def on_device(micro_batches: list[Batch], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """(tokens, labels) of every micro-batch on the device, moved in two copies that block nobody."""
-    moved = []
-    for key in ("tokens", "labels"):
-        together = torch.stack([batch[key] for batch in micro_batches])
-        if device.type == "cuda":
-            together = together.pin_memory()
-        moved.append(together.to(device, non_blocking=True).unbind())
-    return list(zip(*moved, strict=True))
-
-
-def _watch(run: Run, norm: float, blocks: int = 0) -> None:
-    """Say when an update, or ``blocks`` of it, was skipped because its gradient was not finite; give up after many in a row."""
-    if math.isfinite(norm) and not blocks:
+def _watch(run: Run, parts: Parts, loss: float, norm: float, blocks: int) -> None:
+    """Say when an update, or ``blocks`` of it, was skipped or its loss stands out; go back after many in a row."""
+    watch, step = run.config.watch, run.step
+    skipped, spike = not math.isfinite(norm), run.losses.stands_out(loss)
+    reason = "its gradient is not finite" if blocks else "its gradient or its loss is not finite"
+    if spike:
+        mean, sigma = run.losses.deviations(loss)
+        reason = (
+            f"its loss {loss:.3f} stands {sigma:.1f} deviations above the last ones' {mean:.3f}"
+        )
+        run.journal.event("spike", step, loss=loss, mean=mean, sigma=sigma, skipped=skipped)
+        say(run.mesh, f"warning: update {step}{' skipped' * skipped}: {reason}")
+    if not skipped:
+        run.losses.add(loss)
+    if not skipped and not blocks:
         run.skipped = 0
         return
     run.skipped += 1
-    if run.skipped == 1:
-        what = (
-            f"update {run.step + 1}" if not blocks else f"{blocks} blocks of update {run.step + 1}"
-        )
-        say(
-            run.mesh,
-            f"warning: {what} skipped: its gradient{' or its loss' * (not blocks)} is not finite",
-        )
-    if run.skipped == SKIPS_IN_A_ROW:
+    run.journal.event("skipped", step, reason=reason, loss=loss, blocks=blocks)
+    if run.skipped == 1 and not spike:
+        what = f"{blocks} blocks of update {step}" if blocks else f"update {step}"
+        say(run.mesh, f"warning: {what} skipped: {reason}")
+    if run.skipped >= watch.max_skips:
+        _rewind(run, parts)
+
+
+def _rewind(run: Run, parts: Parts) -> None:
+    """Back to the last checkpoint, and on with the data that follows what was read so far.
+
+    Raises:
+        UserError: there is no checkpoint, or the run has gone back too often.
+    """
+    config = run.config
+    trouble = f"--lr {config.optimizer.lr:g}: {run.skipped} updates in a row were skipped, up to {run.step}"
+    mend = "continue from a checkpoint with a lower --lr or with --grad_clipping 1"
+    if run.rewinds >= config.watch.max_rewinds:
+        raise UserError(f"{trouble}, after going back {run.rewinds} times (--max_rewinds); {mend}")
+    parts.saves.finish(patient=False)
+    found = find("auto", run.records.folder, run.mesh)
+    if found.folder is None:
+        raise UserError(f"{trouble}, and there is no checkpoint to go back to; {mend}")
+    resumed = load(found.folder, run.engine, config)
+    run.rewinds += 1
+    run.take(resumed.progress, position=run.position)
+    run.records.rewind(resumed.progress.metrics)
+    parts.saves.begun = parts.bar.n = run.step
+    run.journal.event("rewind", run.step, reason=trouble, position=run.position)
+    say(
+        run.mesh,
+        f"warning: {trouble}: back to {found.folder.name}, on with batch {run.position + 1}",
+    )
+
+
+def _end_if(asked: int, run: Run, parts: Parts) -> None:
+    """Save and raise InterruptError, where a signal has asked for it."""
+    if not asked:
+        return
+    if run.step != parts.saves.begun:
+        _save(run, parts)
+    parts.saves.finish(patient=False)
+    name = signal_name(asked)
+    run.journal.event("interrupted", run.step, signal=name)
+    run.journal.beat("interrupted")
+    run.tracker.close()
+    gather_objects(
+        run.mesh, None
+    )  # launchers end all ranks when one ends: the first writes until here
+    kept = describe(run.step, parts.saves, run.records.folder)
+    raise InterruptError(
+        f"{name} after update {run.step}: {kept}; continue with --continue_from auto"
+    )
+
+
+def _evaluate(run: Run, parts: Parts) -> None:
+    """Evaluate and record; a signal in the middle ends the run, which makes up for it when it is continued."""
+    run.journal.beat("evaluating")
+    began, step = time.perf_counter(), run.step
+
+    def between(batch: int) -> None:
+        parts.liveness.at("evaluation", step)
+        if batch % _ASK_EVERY == 0:
+            _end_if(run.asked(), run, parts)
+
+    batches = run.data.evaluation(run.config.engine.batch_size)
+    loss, tokens = evaluate(run.engine, batches, run.config.eval_mode, between)
+    run.evaluated = (loss, tokens)
+    line = {
+        "step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": tokens,
+        "time": round(time.time(), 3), "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+    _record(run, line)
+    held_out = f"held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f} ({tokens:,} tokens)"
+    say(run.mesh, f"step {step}: {held_out}")
+
+
+def _save(run: Run, parts: Parts) -> None:
+    run.journal.beat("saving")
+    parts.liveness.at("a save", run.step)
+    parts.saves.save()
+
+
+def _finish_saves(run: Run, parts: Parts) -> None:
+    """The last checkpoint is on the disk.
+
+    Raises:
+        UserError: it could not be saved.
+    """
+    parts.saves.finish()
+    if not parts.saves.stands:
         raise UserError(
-            f"--lr {run.config.optimizer.lr:g}: gradients {'of blocks ' * bool(blocks)}were not finite in {SKIPS_IN_A_ROW} updates in a "
-            f"row, up to {run.step + 1}; continue from a checkpoint with a lower --lr or with --grad_clipping 1"
+            f"--save_dir {run.config.save_dir}: the final checkpoint could not be saved (see above); make room and "
+            "continue with --continue_from auto"
         )
 
 
 def _record(run: Run, line: dict[str, Any]) -> None:
     run.records.metrics(line)
     run.tracker.log(line)
+    if "loss" in line:
+        left = run.config.optimizer.total_steps - run.step
+        same = ("step", "loss", "tokens_seen", "tokens_per_second", "goodput")
+        figures = {key: line[key] for key in same}
+        run.journal.beat("training", eta_seconds=left * run.trained / run.step, **figures)
 
 
-def _evaluate(run: Run) -> tuple[float, int]:
-    """Evaluate and record; returns (loss, tokens)."""
-    batches = run.data.evaluation(run.config.engine.batch_size)
-    loss, tokens = evaluate(run.engine, batches, run.config.eval_mode)
-    line = {
-        "step": run.step,
-        "eval_loss": loss,
-        "eval_perplexity": perplexity(loss),
-        "eval_tokens": tokens,
-    }
-    _record(run, line)
-    say(
-        run.mesh,
-        f"step {run.step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f} ({tokens:,} tokens)",
-    )
-    return loss, tokens
-
-
-def _save(run: Run, saver: Saver, seconds: float) -> None:
-    """Save a checkpoint, or begin to, of this moment."""
-    position = run.records.position() | {"seconds": seconds}
-    progress = Progress(run.step, run.tokens_seen, run.data.state(run.step), position)
-    _tell(run, saver.save(run.engine, progress))
-
-
-def _tell(run: Run, lines: list[str]) -> None:
-    for line in lines:
-        say(run.mesh, line)
+@contextlib.contextmanager
+def _told(run: Run) -> Iterator[None]:
+    """Tell those who watch how the run ended, where it did not end well."""
+    try:
+        yield
+    except InterruptError:
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        run.journal.event("failed", run.step, reason=reason)
+        run.journal.alarm("failed", reason)
+        run.journal.beat("failed")
+        raise
 
 
 def _bar(run: Run, steps: int) -> "tqdm[Any]":
@@ -179,40 +297,37 @@ def _bar(run: Run, steps: int) -> "tqdm[Any]":
     )
 
 
-def _advance(bar: "tqdm[Any]", run: Run, line: dict[str, Any]) -> None:
+def _advance(bar: "tqdm[Any]", line: dict[str, Any]) -> None:
     fields = {
         "loss": f"{line['loss']:.3f}",
         "lr": f"{line['lr']:.1e}",
         "tok/s": f"{line['tokens_per_second']:,.0f}",
         "peak": human_bytes(line["peak_memory_bytes"]),
     }
-    utilisation = throughput(run, line["tokens_per_second"])
-    if utilisation is not None:
-        fields["MFU"] = f"{utilisation:.1%}"
+    if "mfu" in line:
+        fields["MFU"] = f"{line['mfu']:.1%}"
     bar.set_postfix(fields, refresh=False)
     bar.update()
 
 
-def _finish(
-    run: Run, evaluated: tuple[float, int], rates: list[float], seconds: float
-) -> dict[str, Any]:
+def _finish(run: Run, rates: list[float]) -> dict[str, Any]:
     """Write the sample, the summary and the picture; returns the summary."""
-    loss, tokens = evaluated
+    assert run.evaluated is not None
+    loss, tokens = run.evaluated
     tokenizer = run.data.tokenizer
     prompt = tokenizer.encode_batch(["def "])[0] or [tokenizer.eos_id]
-    window = run.config.data.sequence_length
     written = write_text(
         run.engine,
         prompt,
         count=SAMPLE_TOKENS,
-        window=window,
+        window=run.config.data.sequence_length,
         stop=tokenizer.eos_id,
         seconds=SAMPLE_SECONDS,
     )
     text = tokenizer.decode(written)
     run.records.sample(text)
     settled = sorted(rates[len(rates) // 10 :])
-    peak = peak_memory(run.mesh)
+    peak, seconds = peak_memory(run.mesh), run.seconds()
     summary = {
         "final_eval_loss": loss,
         "final_eval_perplexity": perplexity(loss),
@@ -226,6 +341,8 @@ def _finish(
         "baseline_memory_bytes": run.baseline,
         "estimated_memory_bytes": run.estimate["total"],
         "wall_seconds": seconds,
+        "goodput": run.journal.goodput(run.trained),
+        "restarts": run.journal.restarts,
     }
     run.records.summary(summary)
     problem = run.records.picture()

@@ -38,15 +38,18 @@ from sltrain_dist.train.contradictions import (
 from sltrain_dist.train.flags import DTYPES, FLAGS, REFERENCE_DEFAULTS, explicit, token_count
 from sltrain_dist.train.layout import finish_axes, finish_batches
 from sltrain_dist.train.optimization import check_per_layer, finish_optimizer, finish_projection
+from sltrain_dist.train.watch import watch_config
 from sltrain_dist.utils.errors import UserError
 
 _SEEDS = 2**31  # fits every generator that a seed goes to
 POSITIVE = ("rank", "block_size", "max_length", "batch_size", "total_batch_size", "timeout",
             "gradient_accumulation", "num_training_steps", "max_train_tokens", "lr", "eps",
             "lora_alpha", "tokenizer_vocab", "cycle_length", "eval_tokens",
-            "tensor_parallel", "replicate", "shard", "proj_rank", "update_proj_gap", "proj_scale")  # fmt: skip
+            "tensor_parallel", "replicate", "shard", "proj_rank", "update_proj_gap", "proj_scale",
+            "max_skips")  # fmt: skip
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "grad_clipping", "save_every", "eval_every",
-                "keep_last", "workers", "lora_dropout", "beta1", "min_lr_ratio")  # fmt: skip
+                "keep_last", "workers", "lora_dropout", "beta1", "min_lr_ratio", "max_rewinds",
+                "spike_sigma", "watch_every")  # fmt: skip
 BELOW_ONE = ("lora_dropout", "beta1")
 
 
@@ -359,5 +362,6 @@ def _build(
         name=settings["name"] or "",
         tags=tuple(settings["tags"].split(",")) if settings["tags"] else (),
         timeout=settings["timeout"],
+        watch=watch_config(settings),
         command=tuple(arguments),
     )

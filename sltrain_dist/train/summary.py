@@ -53,10 +53,14 @@ def human_bytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
+def own_peak(mesh: Mesh) -> int:
+    """Bytes: the most this rank has used so far, of GPU memory or else resident in RAM."""
+    return torch.cuda.max_memory_allocated() if mesh.device.type == "cuda" else peak_resident()
+
+
 def peak_memory(mesh: Mesh) -> int:
-    """Bytes: the most any rank has used so far, of GPU memory or else resident in RAM."""
-    used = torch.cuda.max_memory_allocated() if mesh.device.type == "cuda" else peak_resident()
-    return int(max_over_ranks(mesh, torch.tensor(used)))
+    """`own_peak` of the rank that has used most."""
+    return int(max_over_ranks(mesh, torch.tensor(own_peak(mesh))))
 
 
 def peak_resident() -> int:

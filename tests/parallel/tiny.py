@@ -22,7 +22,7 @@ from sltrain_dist.parallel.engine import Engine, ModelFactory, build_engine
 from sltrain_dist.parallel.mesh import Mesh, initialise
 from sltrain_dist.parallel.tensor import TensorParallel, tensor_parallel
 from sltrain_dist.params.linears import SLTrain
-from sltrain_dist.train import loop
+from sltrain_dist.train import update as updates
 
 LENGTH, GLOBAL_BATCH, ACCUMULATION = 16, 8, 2
 METHOD = MethodConfig(rank=8, density=0.1, alpha=8.0, seed=3)
@@ -123,7 +123,7 @@ def update(
         config=SimpleNamespace(loss_average="tokens"),
     )
     batches = [{"tokens": tokens, "labels": labels} for tokens, labels in parts]
-    loss, tokens_seen, norm = loop.update(run, batches, lr)
+    loss, tokens_seen, norm = updates.update(run, batches, lr)
     assert tokens_seen == int((batch(number)[1] >= 0).sum())
     return loss, norm
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sltrain_dist.train import loop
+from sltrain_dist.train import update as updates
 from tests.parallel import tiny
 from tests.ranks import run_ranks
 
@@ -37,7 +37,7 @@ def reads(mesh, path):
         tokens, labels = tiny.batch(0)
         batches = [{"tokens": tokens, "labels": labels}] * micro_batches
         with HostReads() as mode:
-            loop.update(run, batches, 1e-3)
+            updates.update(run, batches, 1e-3)
         counts.append(mode.count)
     return counts
 

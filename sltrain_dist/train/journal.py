@@ -1,0 +1,167 @@
+"""What a run tells those who watch it from outside: events, a heartbeat, a Prometheus text file.
+
+    events.jsonl    a line for every start, fault, save and end; only ever appended to, whatever is resumed
+    heartbeat.json  where the run stands: replaced at every change of state, else at most once a second
+    --prometheus    the heartbeat's numbers, for a node exporter
+
+Written by the first rank, replaced atomically, and never a reason to stop: what cannot be written is said once,
+and where a write took long the next one waits so much longer that the run does not feel it.
+"""
+
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EVENTS, HEARTBEAT = "events.jsonl", "heartbeat.json"
+_INTERVAL = 1.0  # seconds between heartbeats
+_PATIENCE = 50.0  # a write that took t seconds is followed by as many times t without one
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run folder, oldest first; lines that a crash has torn are left out."""
+    try:
+        lines = (folder / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    events = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("time"), int | float):
+            events.append(event)
+    return events
+
+
+class Journal:
+    """Writes events and heartbeats; on ranks other than the first every call does nothing."""
+
+    def __init__(self, folder: Path, active: bool, prometheus: str | None = None) -> None:
+        self._folder, self._active = folder, active
+        self._prometheus = Path(prometheus) if prometheus else None
+        self._next = 0.0  # time.monotonic() before which no heartbeat is due
+        self._failed = False
+        self._alarms: dict[str, str] = {}
+        earlier = read_events(folder) if active else []
+        starts = [event for event in earlier if event.get("event") == "start"]
+        self.born = float(earlier[0]["time"]) if earlier else time.time()
+        self._values: dict[str, Any] = {
+            "state": "starting", "step": 0, "total_steps": 0, "tokens_seen": 0, "loss": None,
+            "tokens_per_second": None, "eta_seconds": None, "last_checkpoint": None, "goodput": None,
+            "restarts": len(starts), "host": socket.gethostname(), "pid": os.getpid(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }  # fmt: skip
+
+    @property
+    def restarts(self) -> int:
+        """Starts of this run before this one."""
+        return int(self._values["restarts"])
+
+    def goodput(self, trained: float) -> float:
+        """Share of the time since the run's first start that went into updates that count (``trained`` seconds)."""
+        return min(1.0, trained / max(time.time() - self.born, 1e-9))
+
+    def event(self, event: str, step: int, **fields: Any) -> None:
+        """Append an event; numbers that JSON has no name for become null."""
+        line = json.dumps(
+            _finite({"time": round(time.time(), 3), "event": event, "step": step, **fields})
+        )
+        self._try(lambda: _append(self._folder / EVENTS, line + "\n"))
+
+    def alarm(self, kind: str, text: str | None) -> None:
+        """Raise an alarm that stays in the heartbeat, or take it back (None)."""
+        if text is None:
+            self._alarms.pop(kind, None)
+        else:
+            self._alarms[kind] = text
+
+    def beat(self, state: str | None = None, **values: Any) -> None:
+        """Update what the heartbeat says, and write it where ``state`` changes or the last one is old."""
+        changed = state is not None and state != self._values["state"]
+        self._values |= values | ({"state": state} if state is not None else {})
+        if not self._active or (not changed and time.monotonic() < self._next):
+            return
+        began = time.monotonic()
+        document = {"time": round(time.time(), 3), **self._values}
+        document["alarms"] = list(self._alarms.values())
+        text = json.dumps(_finite(document)) + "\n"
+        self._try(lambda: _replace(self._folder / HEARTBEAT, text))
+        target = self._prometheus
+        if target is not None:
+            self._try(lambda: _replace(target, prometheus_text(document, self._folder.name)))
+        ended = time.monotonic()
+        self._next = ended + max(_INTERVAL, _PATIENCE * (ended - began))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        if not self._active:
+            return
+        try:
+            write()
+        except OSError as error:
+            if not self._failed:
+                name = error.filename or self._folder
+                print(f"warning: {name}: {error.strerror}; training goes on", file=sys.stderr)
+            self._failed = True
+
+
+def prometheus_text(document: dict[str, Any], run: str) -> str:
+    """The numbers of a heartbeat in Prometheus' text format."""
+    label = run.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+    rows = {
+        "time": "unix seconds of this heartbeat",
+        "step": "updates done",
+        "total_steps": "updates planned",
+        "tokens_seen": "tokens trained on",
+        "loss": "nats per token, last update",
+        "tokens_per_second": "over all ranks, last update",
+        "eta_seconds": "until the last update",
+        "last_checkpoint": "update of the newest checkpoint",
+        "goodput": "share of wall time in updates that count",
+        "restarts": "starts before this one",
+    }
+    lines = []
+    for name, text in rows.items():
+        value = document.get(name)
+        if value is not None and math.isfinite(value):
+            metric = f"sltrain_{name}"
+            lines += [f"# HELP {metric} {text}", f"# TYPE {metric} gauge"]
+            lines.append(f'{metric}{{run="{label}"}} {value!r}')
+    lines += ["# HELP sltrain_alarms raised now", "# TYPE sltrain_alarms gauge"]
+    lines.append(f'sltrain_alarms{{run="{label}"}} {len(document["alarms"])}')
+    lines += ["# HELP sltrain_state 1 for the state it is in", "# TYPE sltrain_state gauge"]
+    lines.append(f'sltrain_state{{run="{label}",state="{document["state"]}"}} 1')
+    return "\n".join(lines) + "\n"
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line; one that a crash has torn before is ended first, so that only that one is lost."""
+    with open(path, "a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode())
+
+
+def _replace(path: Path, text: str) -> None:
+    """Readers see the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

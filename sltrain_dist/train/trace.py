@@ -1,0 +1,60 @@
+"""--profile 10:12: torch's profiler over these updates, a trace for chrome://tracing or Perfetto a rank, and memory.
+
+save_dir/profile/ gets, of every rank, ``rank-00000-updates-10-12.json.gz`` (the trace), ``.txt`` (operators by time and by
+memory) and, on a GPU, ``.pickle``: the allocator's snapshot, for pytorch.org/memory_viz.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ROWS = 40  # operators in the text
+_RECORDS = 100_000  # allocations that the snapshot remembers
+
+
+class Trace:
+    """Records the updates that were asked for."""
+
+    def __init__(self, updates: tuple[int, int] | None, folder: Path, rank: int) -> None:
+        self._updates = updates
+        self._path = folder / "profile" / f"rank-{rank:05d}"
+        self._profile: Any = None
+        self._gpu = torch.cuda.is_available()
+
+    def begin(self, update: int) -> bool:
+        """Before an update (counted from 1); whether it is traced."""
+        if self._updates is not None and self._profile is None and update == self._updates[0]:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if self._gpu:
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+                torch.cuda.memory._record_memory_history(max_entries=_RECORDS)
+            self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+            self._profile.start()
+        return self._profile is not None
+
+    def end(self, update: int) -> None:
+        """After an update; the last one asked for is followed by the files."""
+        if self._profile is None or self._updates is None or update < self._updates[1]:
+            return
+        profile, self._profile = self._profile, None
+        profile.stop()
+        first, last = self._updates
+        name = f"{self._path.name}-updates-{first}-{last}"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(self._path.with_name(f"{name}.json.gz")))
+            averages = profile.key_averages()
+            kind = "device" if self._gpu else "cpu"
+            tables = [
+                averages.table(sort_by=f"self_{kind}_{what}", row_limit=_ROWS)
+                for what in ("time_total", "memory_usage")
+            ]
+            self._path.with_name(f"{name}.txt").write_text("\n".join(tables))
+            if self._gpu:
+                torch.cuda.memory._dump_snapshot(str(self._path.with_name(f"{name}.pickle")))
+        except (OSError, RuntimeError) as error:
+            print(f"warning: --profile: {error}; training goes on", file=sys.stderr)
+        if self._gpu:
+            torch.cuda.memory._record_memory_history(enabled=None)
