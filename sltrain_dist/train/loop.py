@@ -18,20 +18,19 @@ from tqdm import tqdm
 from sltrain_dist.data.samples import Batch
 from sltrain_dist.optim.schedule import learning_rate
 from sltrain_dist.parallel.mesh import gather_numbers, gather_objects
-from sltrain_dist.train.build import Run, signal_number
 from sltrain_dist.train.checkpoint import find, load
-from sltrain_dist.train.evaluate import evaluate, perplexity, write_text
+from sltrain_dist.train.evaluate import evaluate, perplexity
+from sltrain_dist.train.finish import finish
 from sltrain_dist.train.liveness import Liveness
+from sltrain_dist.train.run import Run, signal_number
 from sltrain_dist.train.saves import Saves, describe
-from sltrain_dist.train.summary import human_bytes, own_peak, peak_memory, say, throughput
+from sltrain_dist.train.summary import human_bytes, own_peak, say, throughput
 from sltrain_dist.train.timing import Stopwatch, Wire, listening, slowest
 from sltrain_dist.train.trace import Trace
 from sltrain_dist.train.update import update
 from sltrain_dist.utils.errors import UserError
 from sltrain_dist.utils.interrupt import InterruptError, signal_name
 
-SAMPLE_TOKENS = 80
-SAMPLE_SECONDS = 30.0  # a 7B on a CPU takes as long for two tokens
 _ASK_EVERY = 8  # batches of an evaluation between two questions whether to end
 
 
@@ -79,7 +78,7 @@ def train(run: Run) -> dict[str, Any]:
                 break
             asked = _step(run, parts)
         _finish_saves(run, parts)
-        summary = _finish(run, parts.rates)
+        summary = finish(run, parts.rates)
         run.journal.event("finished", run.step)
         run.journal.beat("finished")
     return summary
@@ -308,53 +307,3 @@ def _advance(bar: "tqdm[Any]", line: dict[str, Any]) -> None:
         fields["MFU"] = f"{line['mfu']:.1%}"
     bar.set_postfix(fields, refresh=False)
     bar.update()
-
-
-def _finish(run: Run, rates: list[float]) -> dict[str, Any]:
-    """Write the sample, the summary and the picture; returns the summary."""
-    assert run.evaluated is not None
-    loss, tokens = run.evaluated
-    tokenizer = run.data.tokenizer
-    prompt = tokenizer.encode_batch(["def "])[0] or [tokenizer.eos_id]
-    written = write_text(
-        run.engine,
-        prompt,
-        count=SAMPLE_TOKENS,
-        window=run.config.data.sequence_length,
-        stop=tokenizer.eos_id,
-        seconds=SAMPLE_SECONDS,
-    )
-    text = tokenizer.decode(written)
-    run.records.sample(text)
-    settled = sorted(rates[len(rates) // 10 :])
-    peak, seconds = peak_memory(run.mesh), run.seconds()
-    summary = {
-        "final_eval_loss": loss,
-        "final_eval_perplexity": perplexity(loss),
-        "eval_tokens": tokens,
-        "eval_mode": run.config.eval_mode,
-        "step": run.step,
-        "tokens_seen": run.tokens_seen,
-        "parameters": run.parameters,
-        "tokens_per_second": settled[len(settled) // 2] if settled else run.tokens_seen / seconds,
-        "peak_memory_bytes": peak,
-        "baseline_memory_bytes": run.baseline,
-        "estimated_memory_bytes": run.estimate["total"],
-        "wall_seconds": seconds,
-        "goodput": run.journal.goodput(run.trained),
-        "restarts": run.journal.restarts,
-    }
-    run.records.summary(summary)
-    problem = run.records.picture()
-    run.tracker.close()
-    say(run.mesh, f"\nsample:\n{text}\n")
-    say(
-        run.mesh,
-        f"memory: {human_bytes(peak)} at most on a rank, {human_bytes(run.baseline)} of it before the model; "
-        f"the estimate was {human_bytes(run.estimate['total'])}",
-    )
-    say(run.mesh, f"final perplexity {perplexity(loss):.2f} after {run.tokens_seen:,} tokens, {seconds:.0f} s; "
-                  f"results in {run.records.folder}")  # fmt: skip
-    if problem:
-        say(run.mesh, f"warning: {problem}")
-    return summary

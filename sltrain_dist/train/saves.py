@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from sltrain_dist.train.build import Run
 from sltrain_dist.train.checkpoint_async import Saver
 from sltrain_dist.train.checkpoint_write import Saved
+from sltrain_dist.train.run import Run
 from sltrain_dist.train.summary import say
 
 _FIRST_RETRY = (

@@ -14,7 +14,7 @@ from sltrain_dist.parallel.mesh import Mesh, max_over_ranks
 from sltrain_dist.train.optimization import warnings
 
 if TYPE_CHECKING:
-    from sltrain_dist.train.build import Run
+    from sltrain_dist.train.run import Run
 
 # Dense bf16 FLOP/s without sparsity, from the vendors' data sheets.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}

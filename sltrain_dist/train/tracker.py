@@ -1,12 +1,15 @@
 """Where curves go beside metrics.jsonl: Weights & Biases or TensorBoard, on the first rank only.
 
-wandb runs offline unless it is logged in, and never asks anything.
+wandb runs offline unless it is logged in, and never asks anything. A run that is continued goes on as the same run
+there: its id stands in tracker.json of the run folder.
 """
 
 import importlib.util
+import json
 import netrc
 import os
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,11 +41,14 @@ class NoTracker:
 
 
 class _Wandb:
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, step: int) -> None:
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+        identity = _identity(folder / "tracker.json", lambda: uuid.uuid4().hex[:12])
         self._run = wandb.init(
+            id=identity,
+            resume="allow",
             project=os.environ.get("WANDB_PROJECT", "sltrain_dist"),
             name=config.name or folder.name,
             tags=list(config.tags),
@@ -51,15 +57,25 @@ class _Wandb:
             mode=mode,
             settings=wandb.Settings(silent=True, console="off"),
         )
-        self.description = f"wandb, {mode}"
+        # An axis of our own: wandb's must not go back, and a run that is continued does.
+        self._run.define_metric("*", step_metric="step")
+        self.description = f"wandb, {mode}, run {identity}"
 
     def log(self, line: dict[str, Any]) -> None:
-        self._run.log(
-            {key: value for key, value in line.items() if key != "step"}, step=line["step"]
-        )
+        self._run.log(line)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _identity(path: Path, make: Callable[[], str]) -> str:
+    """The run's id at wandb: the one it had before, else a new one that is kept."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])
+    except (OSError, ValueError, KeyError, TypeError):
+        identity = make()
+        path.write_text(json.dumps({"wandb": identity}) + "\n", encoding="utf-8")
+        return identity
 
 
 def _logged_in() -> bool:
@@ -72,10 +88,13 @@ def _logged_in() -> bool:
 
 
 class _TensorBoard:
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        # What was logged after the checkpoint that is continued is trained again, and hidden.
+        self._writer = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + 1 if step else None
+        )
         self._writer.add_text("command", " ".join(config.command))
         self.description = "tensorboard"
 
@@ -88,7 +107,7 @@ class _TensorBoard:
         self._writer.close()
 
 
-TRACKERS: dict[str, Callable[[TrainConfig, Path], Tracker]] = {
+TRACKERS: dict[str, Callable[[TrainConfig, Path, int], Tracker]] = {
     "wandb": _Wandb,
     "tensorboard": _TensorBoard,
 }
@@ -128,10 +147,10 @@ def check_tracker(name: str) -> None:
         raise UserError(f"--tracker {name}: not installed; pip install {name}")
 
 
-def open_tracker(config: TrainConfig, folder: Path) -> Tracker:
-    """The tracker that --tracker names; ``auto`` takes the first one installed, or none."""
+def open_tracker(config: TrainConfig, folder: Path, step: int) -> Tracker:
+    """The tracker that --tracker names, ``auto`` the first one installed, or none; to go on after update ``step``."""
     wanted = list(TRACKERS) if config.tracker == "auto" else [config.tracker]
     for name in wanted:
         if name in TRACKERS and importlib.util.find_spec(name) is not None:
-            return _Guarded(TRACKERS[name](config, folder))
+            return _Guarded(TRACKERS[name](config, folder, step))
     return NoTracker()

@@ -19,7 +19,15 @@ TRAINING_KEYS = {
     "tokens_seen",
     "tokens_per_second",
     "peak_memory_bytes",
+    "time",
+    "seconds",
+    "seconds_data",
+    "seconds_forward",
+    "seconds_backward",
+    "seconds_optimizer",
+    "goodput",
 }
+SAMPLED_KEYS = {"seconds_communication", "slowest_rank", "slowest_seconds", "seconds_save"}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,14 @@ def test_records(zero_run):
     training = [line for line in lines if "loss" in line]
     held_out = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
-    assert all(set(line) == TRAINING_KEYS for line in training)
+    assert all(set(line) - SAMPLED_KEYS == TRAINING_KEYS for line in training)
+    assert training[1]["seconds_communication"] > 0, "the second update of a segment is sampled"
+    assert "seconds_save" in training[3]
+    for line in training:
+        parts = sum(
+            line[f"seconds_{phase}"] for phase in ("data", "forward", "backward", "optimizer")
+        )
+        assert 0.5 * line["seconds"] < parts <= line["seconds"]
     assert training[0]["loss"] == pytest.approx(math.log(512), abs=0.3)
     assert training[-1]["loss"] < training[0]["loss"]
     assert [line["tokens_seen"] for line in training] == [8 * 64 * n for n in range(1, 7)]

@@ -1,0 +1,165 @@
+"""Faults that a run survives by itself: bad batches, spikes, dead and hung ranks, full disks, launchers that are gone."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests.launcher.processes import (
+    FAULTY,
+    curve,
+    end,
+    events,
+    heartbeat,
+    pause_file,
+    rank_process,
+    start,
+    torchrun,
+    wait_until,
+)
+from tests.launcher.tiny import flags, losses, metrics
+
+QUIET = {"eval_every": 0, "grad_clipping": 1.0}
+
+
+def test_bad_batches_send_the_run_back_and_past_them(inputs, tmp_path):
+    run = tmp_path / "run"
+    settings = QUIET | {"num_training_steps": 9, "save_every": 3, "max_skips": 3, "keep_last": 9}
+    code, output = end(start([FAULTY, *flags(inputs, run, **settings)], FAULTY_NAN="4:7"))
+    assert code == 0, output
+    assert "3 updates in a row were skipped, up to 7: back to step_6, on with batch 8" in output
+    (rewind,) = events(run, "rewind")
+    assert (rewind["step"], rewind["position"]) == (6, 7)
+    assert sorted(losses(run)) == list(range(1, 10)), "no step twice, none missing"
+    assert all(math.isfinite(losses(run)[step]) for step in (7, 8, 9))
+    position = json.loads((run / "step_9" / "state.json").read_text())["data"]["update"]
+    assert position == 10, "batch 6 was skipped, and the data goes on behind it"
+
+
+def test_a_spike_is_left_out_where_that_is_asked_for(inputs, tmp_path):
+    run = tmp_path / "run"
+    settings = QUIET | {"num_training_steps": 42, "total_batch_size": 2, "save_every": 0}
+    line = flags(inputs, run, spike_sigma=20, spike_action="skip", **settings)
+    code, output = end(start([FAULTY, *line], FAULTY_SPIKE="38"))
+    assert code == 0, output
+    (spike,) = events(run, "spike")
+    assert (spike["step"], spike["skipped"]) == (39, True)
+    (line,) = [x for x in metrics(run) if x["step"] == 39 and "loss" in x]
+    assert line["grad_norm"] is None, "the weights were left alone"
+    assert "update 39 skipped: its loss" in output
+
+
+def test_a_stopped_rank_is_named_and_the_others_end(inputs, tmp_path):
+    run = tmp_path / "run"
+    line = flags(inputs, run, timeout=8, **QUIET)
+    process = start(torchrun(2, FAULTY, *line), FAULTY_PAUSE="3", FAULTY_FOLDER=str(tmp_path))
+    for rank in (0, 1):
+        wait_until(pause_file(tmp_path, rank).exists, process)
+    stopped = rank_process(1, run)
+    os.kill(stopped, signal.SIGSTOP)
+    for rank in (0, 1):
+        pause_file(tmp_path, rank).unlink()
+    code, output = end(process)
+    assert code == 1
+    assert "rank 1 (" in output, output
+    assert "gives no sign of life; it stood in training of update 4" in output
+    assert heartbeat(run)["state"] == "failed"
+    stacks = (run / "faults" / "rank-00000-stacks.txt").read_text()
+    assert "update.py" in stacks
+    assert json.loads((run / "faults" / "rank-00000-collectives.json").read_text())["entries"]
+
+
+def test_a_killed_rank_is_restarted_by_torchrun_and_the_curve_is_the_same(inputs, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    settings = QUIET | {"num_training_steps": 10, "save_every": 2}
+    code, output = end(
+        start(torchrun(2, "launcher/pretrain.py", *flags(inputs, whole, **settings)))
+    )
+    assert code == 0, output
+    line = flags(inputs, run, continue_from="auto", **settings)
+    command = torchrun(2, "--max_restarts=2", FAULTY, *line)
+    process = start(command, FAULTY_PAUSE="5", FAULTY_FOLDER=str(tmp_path))
+    for rank in (0, 1):
+        wait_until(pause_file(tmp_path, rank).exists, process)
+    os.kill(rank_process(1, run), signal.SIGKILL)
+    for rank in (0, 1):  # and again after the restart, which must not wait for ever
+        pause_file(tmp_path, rank).unlink()
+    wait_until(pause_file(tmp_path, 1).exists, process)
+    for rank in (0, 1):
+        wait_until(pause_file(tmp_path, rank).exists, process)
+        pause_file(tmp_path, rank).unlink()
+    code, output = end(process)
+    assert code == 0, output
+    assert curve(run) == curve(whole)
+    assert len(events(run, "start")) == 2
+    # Elastic: one rank goes on where two were, on the same samples.
+    more = QUIET | {"num_training_steps": 12, "save_every": 0, "warmup_steps": 2}
+    for folder, ranks in ((whole, 2), (run, 1)):
+        line = flags(inputs, folder, continue_from="auto", **more)
+        code, output = end(start(torchrun(ranks, "launcher/pretrain.py", *line)))
+        assert code == 0, output
+    assert losses(run)[12] == pytest.approx(losses(whole)[12], abs=1e-4)
+
+
+def test_workers_end_when_their_launcher_is_gone(inputs, tmp_path):
+    run = tmp_path / "run"
+    line = flags(inputs, run, num_training_steps=100_000, save_every=0, eval_every=0, timeout=20)
+    process = start(torchrun(1, "launcher/pretrain.py", *line))
+    wait_until(lambda: (run / "metrics.jsonl").exists(), process)
+    worker = rank_process(0, run)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    for _ in range(600):
+        if not os.path.exists(f"/proc/{worker}") or heartbeat(run)["state"] == "interrupted":
+            break
+        os.kill(os.getpid(), 0)
+        subprocess.run(["sleep", "0.1"], check=True)
+    assert heartbeat(run)["state"] == "interrupted"
+    assert events(run, "interrupted")[0]["signal"] == "SIGTERM"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 6 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs to mount a file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_no_update_and_the_save_is_tried_again(inputs, tmp_path, small_disk):
+    run = small_disk / "run"
+    settings = QUIET | {"num_training_steps": 30, "save_every": 4, "keep_last": 1, "timeout": 60}
+    process = start(
+        [FAULTY, *flags(inputs, run, **settings)], FAULTY_PAUSE="20", FAULTY_FOLDER=str(tmp_path)
+    )
+    wait_until((run / "metrics.jsonl").exists, process)
+    ballast = small_disk / "ballast"
+    with open(ballast, "wb") as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        except OSError:
+            pass
+    wait_until(pause_file(tmp_path).exists, process)
+    assert heartbeat(run)["alarms"] or not events(run, "save_failed")
+    ballast.unlink(missing_ok=True)
+    pause_file(tmp_path).unlink()
+    code, output = end(process)
+    assert code == 0, output
+    assert "was not saved" in output
+    assert "training goes on" in output
+    assert heartbeat(run)["last_checkpoint"] == 30
+    assert heartbeat(run)["alarms"] == []
