@@ -80,10 +80,15 @@ def check_output(path: Path) -> None:
         problem = "give a name that ends in .html"
     elif not folder.is_dir():
         problem = f"there is no folder {folder}; make it first"
-    elif not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        problem = "cannot be written; give another file"
     else:
-        return
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+            if path.exists():
+                open(path, "ab").close()
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror}); give another file"
+        else:
+            return
     raise UserError(f"--output {path}: {problem}")
 
 

@@ -138,7 +138,7 @@ def figures(run: RunFiles, axes: dict[str, Column]) -> dict[str, Any]:
     summary = run.summary or {}
     if (number(summary.get("step")) or 0) < step:  # of an earlier end: the run was continued
         summary = {}
-    losses = smooth(column(run.updates, "loss"), len(run.updates) // 50)
+    losses = smooth(column(run.updates, "loss"), len(run.updates) // 30)
     evaluated = run.evaluations[-1] if run.evaluations else {}
     rates = [value for value in column(run.updates, "tokens_per_second") if value is not None]
     memory = [value for value in column(run.updates, "peak_memory_bytes") if value is not None]

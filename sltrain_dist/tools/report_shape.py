@@ -39,7 +39,7 @@ def shape_run(run: RunFiles, now: float) -> dict[str, Any]:
         if any(value is not None for value in values):
             curves[name] = (thin(values, POINTS), values)
             if name in SMOOTHED:
-                mean = smooth(values, len(values) // 50)
+                mean = smooth(values, len(values) // 30)
                 curves[f"{name}_mean"] = (thin(mean, SMOOTH_POINTS), mean)
     timing = _timing(run.updates)
     wanted = set(itertools.chain(timing["rows"], *(rows for rows, _ in curves.values())))
@@ -49,7 +49,7 @@ def shape_run(run: RunFiles, now: float) -> dict[str, Any]:
     return {
         "name": run.name,
         "folder": clean(str(run.folder), 500),
-        "rows": {name: [axes[name][row] for row in kept] for name in AXES},
+        "rows": {name: [_short(axes[name][row]) for row in kept] for name in AXES},
         "curves": {
             name: {"rows": [place[row] for row in rows], "values": [_round(values[row]) for row in rows]}
             for name, (rows, values) in curves.items()
@@ -168,3 +168,10 @@ def _flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
 def _round(value: float | None) -> float | None:
     """Five digits: more than any screen shows."""
     return None if value is None else float(f"{value:.5g}")
+
+
+def _short(value: float | None) -> float | int | None:
+    """A place on an axis: whole where it is, else to a hundred-thousandth of itself or better."""
+    if value is None or value == int(value):
+        return None if value is None else int(value)
+    return float(f"{value:.7g}")

@@ -6,9 +6,9 @@ const SVG = "http://www.w3.org/2000/svg";
 function element(name, attributes = {}, ...children) {
   const node = name.startsWith("svg:") ? document.createElementNS(SVG, name.slice(4)) : document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined || value === false) continue;
+    if (value === null || value === undefined || (value === false && !key.startsWith("aria-"))) continue;
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else node.setAttribute(key, value === true ? "" : value);
+    else node.setAttribute(key, value === true && !key.startsWith("aria-") ? "" : String(value));
   }
   node.append(...children.filter((child) => child !== null && child !== undefined));
   return node;
@@ -40,10 +40,12 @@ function bytes(value) {
   return value >= 2 ** 30 ? (value / 2 ** 30).toFixed(2) + " GiB" : (value / 2 ** 20).toFixed(0) + " MiB";
 }
 
+const percent = (value) => trimmed((100 * value).toPrecision(3)) + "%";
 const share = (value) => (known(value) ? (100 * value).toFixed(1) + "%" : "–");
 
 function duration(seconds) {
   if (!known(seconds)) return "–";
+  if (seconds === 0) return "0";
   if (seconds < 1) return plain(seconds * 1e3) + " ms";
   if (seconds < 60) return trimmed(seconds.toPrecision(3)) + " s";
   let whole = Math.round(seconds);
@@ -82,7 +84,7 @@ function ticks(low, high, count, axis = "") {
   const stride = (axis === "step" || axis === "tokens" ? Math.max(1, pick()) : pick()) * unit;
   function pick() { return [1, 2, 5, 10].map((factor) => factor * power).find((one) => one >= rough) || 10 * power; }
   const found = [];
-  for (let i = Math.ceil(low / stride - 1e-9); i * stride <= high + 1e-9 * span; i++) found.push(i * stride);
+  for (let i = Math.ceil(low / stride - 1e-9); i * stride <= high + 1e-9 * span; i++) found.push(i * stride || 0); // no -0
   return found;
 }
 

@@ -14,8 +14,8 @@ const CHARTS = [
   { id: "goodput", title: "Goodput", unit: "share of wall time that trained", zero: true, format: share },
   { id: "mfu", title: "MFU", unit: "model FLOPs utilisation", zero: true, format: share },
 ];
-const SCALES = ["loss", "perplexity", "tokens_per_second", "grad_norm", "lr"]; // that a log scale suits
-const state = { axis: "step", log: new Set(["perplexity", "grad_norm"]), hidden: new Set(), at: null, range: null, saves: false };
+const SCALES = ["loss", "perplexity", "grad_norm"]; // that a log scale suits
+const state = { axis: "step", log: new Set(["loss", "perplexity", "grad_norm"]), hidden: new Set(), at: null, range: null, saves: false };
 const frames = new Map();
 const readouts = new Map();
 
@@ -90,9 +90,9 @@ function drawChart(chart) {
   chart.lines = visible().map((run) => ({ run, ...linesOf(chart, run) }));
   const range = extent(chart.lines.flatMap(({ thin, thick, marks: some }) => [thin, thick, some]), domain(), log, chart.zero && !log);
   if (!range) { frame.svg.replaceChildren(); frame.cross = null; return; }
-  const { x, y, inside } = frame.begin(domain(), range, log, state.axis, chart.zero && chart.format !== share ? plain : chart.format === share ? share : plain);
+  const { x, y, inside } = frame.begin(domain(), range, log, state.axis, chart.format === share ? percent : plain);
   const fits = (line) => (log ? line.filter(([, value]) => value > 0) : line);
-  const draw = (run, line, kind) => line.length && inside.append(element("svg:path", { class: kind, d: path(fits(line), x, y), style: `color:${colourOf(run.number)}`, "stroke-dasharray": kind === "thin" ? null : dashOf(run.number) }));
+  const draw = (run, line, kind) => line.length && inside.append(element("svg:path", { class: kind, opacity: kind === "thin" ? (line.length > 500 ? 0.22 : 0.4) : null, d: path(fits(line), x, y), style: `color:${colourOf(run.number)}`, "stroke-dasharray": kind === "thin" ? null : dashOf(run.number) }));
   for (const { run, thin, thick } of chart.lines) if (thick.length) draw(run, thin, "thin");
   for (const { run, thin, thick } of chart.lines) draw(run, thick.length ? thick : thin, "thick");
   for (const { run, marks: some } of chart.lines) for (const [a, b] of some) if (a >= frame.domain[0] && a <= frame.domain[1]) inside.append(
@@ -159,7 +159,7 @@ function layReadouts() {
     holder.replaceChildren(...visible().map((run) => {
       const value = element("b", {}), small = element("small", {});
       rows.set(run.number, { value, small });
-      return element("div", { class: "entry" }, RUNS.length > 1 ? nameOf(run) : null, value, small);
+      return element("div", { class: `entry${RUNS.length > 1 ? "" : " alone"}` }, RUNS.length > 1 ? nameOf(run) : null, value, small);
     }));
     readouts.set(chart.id, rows);
   }
@@ -229,14 +229,14 @@ function redraw() {
 
 function begin() {
   readAddress();
-  place("title").textContent = RUNS.length === 1 ? RUNS[0].name : `${RUNS.length} runs`;
+  place("title").textContent = RUNS.length <= 3 ? RUNS.map((run) => run.name).join(", ") : `${RUNS.length} runs`;
   place("written").textContent = `Training report, written ${moment(DATA.written)}`;
   place("alarms").append(...alarms(RUNS));
   place("figures").append(figureTable(RUNS));
   place("configuration").append(...configuration(RUNS));
   place("footer").append(
     element("p", { id: "keys" }, "Charts: move over them to read values, drag to enlarge, double-click to see all; with the keyboard: arrows, Home, End, + and - to enlarge, 0 for all, Escape."),
-    element("p", {}, `Thin lines keep the smallest and largest value of every stretch of updates; thick lines are means over 2% of the run. Trained time counts the updates that stand, wall time everything since the first start. sltrain_dist ${DATA.version}.`));
+    element("p", {}, `Thin lines keep the smallest and largest value of every stretch of updates; thick lines are means over 3% of the run. Communication is sampled, and taken out of the parts that it happens in. Trained time counts the updates that stand, wall time everything since the first start. sltrain_dist ${DATA.version}.`));
   layControls();
   layCharts();
   layTiming();

@@ -3,7 +3,7 @@
 const FIGURES = [
   ["state", "State", (run) => run.life.state],
   ["perplexity", "Held-out perplexity", (run) => plain(run.figures.perplexity)],
-  ["loss", "Loss", (run) => plain(run.figures.loss)],
+  ["loss", "Training loss", (run) => plain(run.figures.loss)],
   ["step", "Updates", (run) => counted(run.figures.step) + (run.figures.total_steps > run.figures.step ? ` of ${counted(run.figures.total_steps)}` : "")],
   ["tokens", "Tokens", (run) => counted(run.figures.tokens)],
   ["parameters", "Parameters trained", (run) => counted(run.figures.parameters)],
@@ -45,7 +45,7 @@ function figureTable(runs) {
       return element("td", { "data-label": label, class: top ? "best" : null },
         key === "state" ? badge(run) : text(run), top ? element("span", { class: "hidden" }, " (best)") : null);
     })));
-  return element("table", { class: "cards" },
+  return element("table", { class: "cards figures" },
     element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "Run"), ...shown.map(([, label]) => element("th", { scope: "col" }, label)))),
     element("tbody", {}, ...rows));
 }
@@ -66,12 +66,21 @@ function alarms(runs) {
 
 const PARTS = ["data", "forward", "backward", "optimizer", "communication", "save", "rest"];
 
-/* Mean seconds by part, with what no part accounts for as "rest". */
+/* Mean seconds by part, with what no part accounts for as "rest". Saves lie between updates. Communication happens
+   within other parts: where the sum says that they hold it, it is taken out of them, so that nothing counts twice. */
 function split(values) {
   const parts = { ...values };
   delete parts.all;
-  const sum = Object.entries(parts).reduce((total, [part, value]) => total + (part === "save" ? 0 : value || 0), 0);
-  if (known(values.all) && values.all - sum > 0.005 * values.all) parts.rest = values.all - sum;
+  if (!known(values.all)) return parts;
+  const inside = ["forward", "backward", "optimizer"];
+  const sum = (names) => names.reduce((total, part) => total + (parts[part] || 0), 0);
+  const spare = values.all - sum(["data", "communication", ...inside]);
+  if (spare > 0.005 * values.all) parts.rest = spare;
+  const twice = Math.min(-spare, parts.communication || 0);
+  if (twice > 0 && sum(inside) > twice) {
+    const kept = 1 - twice / sum(inside);
+    for (const part of inside) if (known(parts[part])) parts[part] *= kept;
+  }
   return parts;
 }
 
@@ -89,7 +98,7 @@ function timingBars(runs) {
       element("div", { class: "bar-name" }, nameOf(run), element("span", { class: "number" }, `${duration(sum)} an update`)),
       element("div", { class: "bar", role: "img", style: `width:${((100 * sum) / longest).toFixed(2)}%`, "aria-label": `${run.name}: ${said.join(", ")}` },
         ...used.filter((part) => parts[part] > 0).map((part) => element("span", {
-          style: `flex-grow:${parts[part]};background:var(--part-${part})`, title: `${part} ${duration(parts[part])}, ${share(parts[part] / sum)}`,
+          style: `flex-grow:${((100 * parts[part]) / sum).toFixed(3)};background:var(--part-${part})`, title: `${part} ${duration(parts[part])}, ${share(parts[part] / sum)}`,
         }, parts[part] / longest > 0.1 ? share(parts[part] / sum) : ""))),
       element("p", { class: "said" }, said.join(" · ")));
   });
@@ -99,12 +108,16 @@ function timingBars(runs) {
 /* Areas of a run's parts, laid on each other from the bottom. */
 function drawAreas(frame, run, axis, domain) {
   const x = run.timing.rows.map((row) => run.rows[axis][row]);
-  const parts = x.map((_, i) => split(Object.fromEntries(Object.entries(run.timing.parts).map(([part, values]) => [part, values[i]]))));
+  let sampled = run.timing.mean.communication; // a stretch without a sample shows the one before it
+  const parts = x.map((_, i) => {
+    const values = Object.fromEntries(Object.entries(run.timing.parts).map(([part, all]) => [part, all[i]]));
+    if ("communication" in values) values.communication = sampled = known(values.communication) ? values.communication : sampled;
+    return split(values);
+  });
   const used = PARTS.filter((part) => parts.some((one) => one[part] > 0));
   let floor = x.map(() => 0);
   const layers = used.map((part) => {
-    let before = 0;  // a stretch without a sample of communication shows the one before it
-    const top = floor.map((base, i) => base + (before = known(parts[i][part]) ? parts[i][part] : part === "communication" ? before : 0));
+    const top = floor.map((base, i) => base + (parts[i][part] || 0));
     const layer = { part, floor, top };
     floor = top;
     return layer;
