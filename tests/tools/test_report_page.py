@@ -8,7 +8,7 @@ from sltrain_dist.tools.report import make_report
 from tests.tools import browser, invented
 from tests.tools.test_report import HOSTILE, bare, data  # noqa: F401
 
-WIDTHS = (390, 768, 1090, 1280)
+WIDTHS = (390, 768, 1210, 1280)
 # Contrast of every text with the nearest ground behind it, as WCAG 2 counts it; yields those below 4.5.
 FAINT = """(() => {
   const parse = (text) => text.match(/[\\d.]+/g).map(Number);
