@@ -151,6 +151,7 @@ def test_wheel_brings_its_kernels(tree, tmp_path):
     wheel = next(output.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         assert [name for name in archive.namelist() if "_kernels_cpu" in name]
+        assert "sltrain_dist/tools/report_page/page.html" in archive.namelist()
     python = tmp_path / "venv" / "bin" / "python"
     assert run(sys.executable, "-m", "venv", tmp_path / "venv").returncode == 0
     done = run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)

@@ -72,7 +72,15 @@ def test_readme_names_what_exists():
     from sltrain_dist.train.flags import FLAGS
 
     others = {"num_gpus", "standalone", "nproc_per_node", "help"}
-    for name in ("generate", "evaluate", "export", "import_weights", "convert_checkpoint", "plan", "report"):
+    for name in (
+        "generate",
+        "evaluate",
+        "export",
+        "import_weights",
+        "convert_checkpoint",
+        "plan",
+        "report",
+    ):
         parser = importlib.import_module(f"launcher.{name}").parser()
         others |= {option.removeprefix("--") for option in parser._option_string_actions}
     flags = set(re.findall(r"--([a-z][a-z0-9_]+)", text))

@@ -236,7 +236,7 @@ function begin() {
   place("configuration").append(...configuration(RUNS));
   place("footer").append(
     element("p", { id: "keys" }, "Charts: move over them to read values, drag to enlarge, double-click to see all; with the keyboard: arrows, Home, End, + and - to enlarge, 0 for all, Escape."),
-    element("p", {}, `Thin lines keep the smallest and largest value of every stretch of updates; thick lines are means over 3% of the run. Communication is sampled, and taken out of the parts that it happens in. Trained time counts the updates that stand, wall time everything since the first start. sltrain_dist ${DATA.version}.`));
+    element("p", {}, `Thin lines keep the smallest and largest value of every stretch of updates; thick lines are means over 3% of the run. Communication is sampled, runs partly beside computing, and is drawn as taken out of the parts it runs in. Trained time counts the updates that stand, wall time everything since the first start. sltrain_dist ${DATA.version}.`));
   layControls();
   layCharts();
   layTiming();

@@ -66,14 +66,15 @@ function alarms(runs) {
 
 const PARTS = ["data", "forward", "backward", "optimizer", "communication", "save", "rest"];
 
-/* Mean seconds by part, with what no part accounts for as "rest". Saves lie between updates. Communication happens
-   within other parts: where the sum says that they hold it, it is taken out of them, so that nothing counts twice. */
+/* Mean seconds by part, with what no part accounts for as "rest". Saves lie between updates. Communication runs within
+   other parts, partly beside computing: it is taken out of them, so that nothing counts twice. */
 function split(values) {
   const parts = { ...values };
   delete parts.all;
   if (!known(values.all)) return parts;
   const inside = ["forward", "backward", "optimizer"];
   const sum = (names) => names.reduce((total, part) => total + (parts[part] || 0), 0);
+  if (parts.communication > sum(inside)) parts.communication = sum(inside);
   const spare = values.all - sum(["data", "communication", ...inside]);
   if (spare > 0.005 * values.all) parts.rest = spare;
   const twice = Math.min(-spare, parts.communication || 0);
