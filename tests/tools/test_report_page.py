@@ -219,3 +219,12 @@ def test_no_updates_yet(chromium, tmp_path, bare):  # noqa: F811
     chromium.open(page, 390)
     quiet(chromium, page)
     assert any("no updates yet" in text for text in texts(chromium, ".alarm"))
+
+
+def test_last_evaluation_follows_the_last_update(chromium, tmp_path, bare):  # noqa: F811
+    """By wall time it stands behind the curve's end; at the end of a run it is the one to be shown."""
+    lines = [{"step": i, "loss": 2.0, "time": invented.START + i, "seconds": 1.0} for i in (1, 2)]
+    evaluations = [{"step": i, "eval_loss": loss, "time": invented.START + i + 0.5} for i, loss in ((1, 3.0), (2, 1.25))]  # fmt: skip
+    invented.write_lines(bare / "metrics.jsonl", lines + evaluations)
+    chromium.open(write(tmp_path / "report.html", bare), 1280, address="#x=wall")
+    assert "held out 1.250" in texts(chromium, "#chart-loss .entry small")[0]

@@ -105,7 +105,7 @@ function numbers(chart, { run, thin, thick, marks: some }) {
   const end = main.length ? main[main.length - 1][0] : some.length ? some[some.length - 1][0] : 0;
   const at = known(state.at) ? state.at : end;
   const beyond = at > end * (1 + 1e-9);
-  const mean = between(thick, at), each = nearest(thin, at), last = placeAt(some, at);
+  const mean = between(thick, at), each = nearest(thin, at), last = known(state.at) ? placeAt(some, at) : some.length - 1; // the last one may follow the last update
   const small = [];
   if (thin.length && thick.length) small.push(`mean ${chart.format(mean)}`);
   if (some.length) small.push(`held out ${chart.format(last < 0 || beyond ? null : some[last][1])}`);
