@@ -8,6 +8,7 @@ Written by the first rank, replaced atomically, and never a reason to stop: what
 and where a write took long the next one waits so much longer that the run does not feel it.
 """
 
+import errno
 import json
 import math
 import os
@@ -156,9 +157,14 @@ def _replace(path: Path, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            raise
+        with open(
+            path, "r+b"
+        ) as file:  # no room for a second one: over the first, in its own blocks
+            file.write(text.encode().ljust(path.stat().st_size))
 
 
 def _finite(value: Any) -> Any:

@@ -25,6 +25,7 @@ from sltrain_dist.utils.errors import FaultError
 _SHARE = 20  # of --timeout between two signs of life
 _SLOWEST = 2.0  # seconds between them at most
 _WORDS = ("gloo", "nccl", "connection", "timed out", "timeout", "store")  # of a collective's errors
+_GRACE = 10.0  # seconds
 FAULTS = "faults"
 _STORE_GONE = "rank 0, or the launcher that keeps the ranks' store, is gone"
 
@@ -123,9 +124,10 @@ class Liveness:
             count += 1
             self._sign(count)
             waiting = time.monotonic() - self._moved
-            if waiting > self._timeout / 2 and self._look():
+            if waiting > self._timeout and self._look():
                 still = self._still(self._timeout / 2)
-                if still and waiting > self._timeout:
+                # A collective has its own time limit, and its error is told better: this is for what has none.
+                if still and waiting > 1.5 * self._timeout + _GRACE:
                     self._end(still)
 
     def _sign(self, count: int) -> None:

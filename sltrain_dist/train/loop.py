@@ -189,7 +189,7 @@ def _rewind(run: Run, parts: Parts) -> None:
     run.take(resumed.progress, position=run.position)
     run.records.rewind(resumed.progress.metrics)
     parts.saves.begun = parts.bar.n = run.step
-    run.journal.event("rewind", run.step, reason=trouble, position=run.position)
+    run.journal.event("rewind", run.step, to=run.step, reason=trouble, position=run.position)
     say(
         run.mesh,
         f"warning: {trouble}: back to {found.folder.name}, on with batch {run.position + 1}",
@@ -305,5 +305,6 @@ def _advance(bar: "tqdm[Any]", line: dict[str, Any]) -> None:
     }
     if "mfu" in line:
         fields["MFU"] = f"{line['mfu']:.1%}"
-    bar.set_postfix(fields, refresh=False)
-    bar.update()
+    with contextlib.suppress(OSError):  # nobody reads any more
+        bar.set_postfix(fields, refresh=False)
+        bar.update()

@@ -1,5 +1,6 @@
 """What a user reads before training: the run in a screenful, with an estimate of its memory (train.memory)."""
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -21,9 +22,10 @@ _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "
 
 
 def say(mesh: Mesh, text: str) -> None:
-    """Print on the first rank alone."""
+    """Print on the first rank alone; a terminal or pipe that is gone stops nothing."""
     if mesh.is_first:
-        print(text, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
 
 
 def peak_flops() -> float | None:
