@@ -98,6 +98,11 @@ def launched_world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if complete else 1
 
 
+def launched_local_rank() -> int:
+    """This process's number on its machine, before there is a mesh."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+
+
 def _launcher_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank); for a bare ``python`` the variables of a one-process launch are set.
 
@@ -136,6 +141,7 @@ def initialise(
     device: str | None = None,
     tensor_parallel: int = 1,
     replicate: int = 1,
+    store: dist.Store | None = None,
 ) -> Mesh:
     """Join the process group and return the mesh: gloo on CPU; NCCL on CUDA, with gloo beside it for CPU tensors.
 
@@ -146,6 +152,7 @@ def initialise(
         device: "cpu" or "cuda"; None takes CUDA where there is any.
         tensor_parallel: ranks that every layer is cut over.
         replicate: copies of the model that are kept beside each other.
+        store: where the ranks have met already; None: at the launcher's address.
 
     Raises:
         UserError: more processes on this machine than GPUs; ranks that do not divide.
@@ -159,7 +166,7 @@ def initialise(
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             # One process needs no rendezvous, so no port that a firewall or another run could block.
-            store=dist.HashStore() if world_size == 1 else None,  # type: ignore[attr-defined]
+            store=dist.HashStore() if world_size == 1 else store,  # type: ignore[attr-defined]
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),

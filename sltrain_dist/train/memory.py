@@ -18,7 +18,7 @@ Not all of it is there at once. Activations are largest when backward begins, gr
 estimate is that of the larger moment. tools/plan.py has the same by running the model, and says by how much it differs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,12 +65,9 @@ def estimate_memory(
         ranks: that parameters, gradients or states are sharded over.
         paths: of the linears. device: "cpu" or "cuda".
     """
-    engine, model = config.engine, config.model
+    engine = config.engine
     tp = engine.tensor_parallel
-    vocabulary = model.padded_vocab_size * model.hidden_size // tp
-    total = parameters["total"] // tp
-    ends = vocabulary * (1 if model.tie_word_embeddings else 2)
-    elements = Elements(vocabulary, (total - ends) // model.num_hidden_layers, total)
+    elements = _elements(config, parameters)
     half = engine.dtype == "bfloat16"
     held = _held(config, elements, parameters["indices_bytes"] // tp, ranks, half)
     begins = _activations(config, paths, device) | _communication(config, elements, ranks, half)
@@ -82,6 +79,14 @@ def estimate_memory(
     larger = max(begins, ends_, key=lambda moment: sum(moment.values()))
     result = dict.fromkeys(KINDS, 0) | held | larger
     return result | {"total": sum(result.values())}
+
+
+def _elements(config: TrainConfig, parameters: dict[str, int]) -> Elements:
+    model, tp = config.model, config.engine.tensor_parallel
+    vocabulary = model.padded_vocab_size * model.hidden_size // tp
+    total = parameters["total"] // tp
+    ends = vocabulary * (1 if model.tie_word_embeddings else 2)
+    return Elements(vocabulary, (total - ends) // model.num_hidden_layers, total)
 
 
 def _held(
@@ -107,6 +112,16 @@ def _held(
         "offsets": offsets // (ranks if stage == 3 else 1),
         "optimizer": int(optimizer / (ranks if stage > 0 else 1)),
     }
+
+
+def checkpoint_bytes(config: TrainConfig, parameters: dict[str, int]) -> int:
+    """Bytes of one checkpoint on the disk: trained weights, as they are kept, and the optimizer's state of all ranks."""
+    whole = replace(config, engine=replace(config.engine, tensor_parallel=1))
+    elements = _elements(whole, parameters)
+    half = config.engine.dtype == "bfloat16"
+    width = 4 if config.engine.master_weights or not half else 2
+    held = _held(whole, elements, 0, 1, half)
+    return elements.total * width + held["optimizer"]
 
 
 def _states(config: TrainConfig, elements: Elements) -> float:
