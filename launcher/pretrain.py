@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Pre-train a LLaMA: deepspeed launcher/pretrain.py --ds_config ds_configs/zero2.json (or torchrun, or python).
 
+With --dry_run [RANKS] it plans the run on imagined ranks instead (launcher/plan.py), and trains nothing.
 Exit codes: 0 trained to the end; 2 an error that the user can mend; 75 a signal (SIGUSR1, SIGTERM, SIGINT) asked for the
 end and everything is saved: start it again with --continue_from auto; 1 anything else; 128 + n a second signal n.
 Torchrun takes 75 for a fault: where it would restart its workers they end with 0, and heartbeat.json says "interrupted".
@@ -27,6 +28,11 @@ def main(arguments: list[str]) -> int:
     from sltrain_dist.utils.interrupt import REQUEUE, InterruptError
 
     try:
+        if any(argument.partition("=")[0] == "--dry_run" for argument in arguments):
+            from sltrain_dist.tools.doctor_slurm import dry_run
+
+            return dry_run(arguments)
+
         from sltrain_dist.parallel import mesh
         from sltrain_dist.train.settings import resolve
 

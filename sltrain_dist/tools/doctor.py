@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sltrain_dist.parallel import mesh as meshes
-from sltrain_dist.parallel.reach import LeftError, Meeting, ReachError, meet
+from sltrain_dist.parallel.reach import LeftError, ReachError, meet
 from sltrain_dist.tools import doctor_machine as machine
 from sltrain_dist.tools import doctor_run as planned
 from sltrain_dist.tools.doctor_trial import trial

@@ -167,7 +167,7 @@ def clock(visit: Visit) -> Outcome:
     if visit.meeting.world_size == 1:
         return skipped("one rank: no other clock")
     skews = visit.meeting.gather(clock_skew(visit.meeting))
-    worst = max(range(len(skews)), key=lambda rank: abs(skews[rank][0]) - skews[rank][1])
+    worst = max(range(1, len(skews)), key=lambda rank: abs(skews[rank][0]) - skews[rank][1])
     ahead, error = skews[worst]
     text = f"{visit.meeting.place(worst)} is {1e3 * ahead:+.1f} ms from rank 0 (within {1e3 * error:.1f} ms)"
     if abs(ahead) - error > _SKEW:

@@ -142,7 +142,7 @@ def merge(outcomes: list[Outcome | None], meeting: Meeting) -> Outcome:
         return next(one for one in outcomes if one is not None)
     first = outcomes[bad[0]]
     assert first is not None
-    if meeting.world_size == 1 or len(bad) == meeting.world_size and len(set(outcomes)) == 1:
+    if meeting.world_size == 1 or (len(bad) == meeting.world_size and len(set(outcomes)) == 1):
         return first
     more = f" (and {len(bad) - 1} more ranks)" if len(bad) > 1 else ""
     return failed(f"{meeting.place(bad[0])}{more}: {first.found}", first.mend)
