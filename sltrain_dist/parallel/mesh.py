@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
@@ -141,7 +142,7 @@ def initialise(
     device: str | None = None,
     tensor_parallel: int = 1,
     replicate: int = 1,
-    store: dist.Store | None = None,
+    store: Store | None = None,
 ) -> Mesh:
     """Join the process group and return the mesh: gloo on CPU; NCCL on CUDA, with gloo beside it for CPU tensors.
 

@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from sltrain_dist.parallel.mesh import launched_world_size
 
@@ -45,7 +46,7 @@ class LeftError(Exception):
 class Meeting:
     """The ranks of a launch around one store. hosts: of every rank."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.hosts: list[str] = [socket.gethostname()] * world_size
         self._topic, self._count, self._seconds = "", 0, 60.0
@@ -97,9 +98,9 @@ class Meeting:
         """Let `told` be true on all ranks."""
         self.store.set(f"{self._topic}/{key}", "")
 
-    def part(self, name: str) -> dist.Store:
+    def part(self, name: str) -> Store:
         """A part of the store for a process group of these ranks."""
-        return dist.PrefixStore(name, self.store)
+        return PrefixStore(name, self.store)
 
     def close(self) -> None:
         """Part; whoever has the store waits until all have read what they needed."""
@@ -154,9 +155,9 @@ def meet(seconds: float) -> Meeting:
     """
     world_size = launched_world_size()
     rank = int(os.environ["RANK"]) if world_size > 1 else 0
-    store: dist.Store = dist.HashStore() if world_size == 1 else _store(rank, world_size, seconds)  # type: ignore[attr-defined]
+    store: Store = HashStore() if world_size == 1 else _store(rank, world_size, seconds)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    meeting = Meeting(dist.PrefixStore(f"doctor/{attempt}", store), rank, world_size)
+    meeting = Meeting(PrefixStore(f"doctor/{attempt}", store), rank, world_size)
     try:
         meeting.sign_in(seconds)
     except dist.DistNetworkError:  # the rank that has the store has given up meanwhile
@@ -168,7 +169,7 @@ def _address() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
-def _store(rank: int, world_size: int, seconds: float) -> dist.Store:
+def _store(rank: int, world_size: int, seconds: float) -> Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == 0 and not agent:
@@ -192,16 +193,16 @@ def _store(rank: int, world_size: int, seconds: float) -> dist.Store:
             "see whether rank 0 runs, whether MASTER_ADDR is its host's address and no firewall stands between",
             alone=True,
         )
-    store: dist.Store = found[0]
+    store: Store = found[0]
     return store
 
 
-def _tcp(host: str, port: int, world_size: int, master: bool, seconds: float) -> dist.Store:
+def _tcp(host: str, port: int, world_size: int, master: bool, seconds: float) -> Store:
     wait = timedelta(seconds=seconds)
-    return dist.TCPStore(host, port, world_size, master, wait, wait_for_workers=False)
+    return TCPStore(host, port, world_size, master, wait, wait_for_workers=False)
 
 
-def _open(host: str, port: int, world_size: int, seconds: float) -> dist.Store:
+def _open(host: str, port: int, world_size: int, seconds: float) -> Store:
     try:
         return _tcp(host, port, world_size, True, seconds)
     except RuntimeError as error:

@@ -114,8 +114,8 @@ def devices(visit: Visit) -> Outcome:
     own: dict[str, Any] = {"gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0}
     if own["gpus"]:
         place = min(meshes.launched_local_rank(), own["gpus"] - 1)
-        found = torch.cuda.get_device_properties(place)
-        own |= {"name": found.name, "memory": found.total_memory, "driver": _driver()}
+        gpu = torch.cuda.get_device_properties(place)
+        own |= {"name": gpu.name, "memory": gpu.total_memory, "driver": _driver()}
         own |= {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
     everyone: list[dict[str, Any]] = visit.meeting.gather(
         own | {"local": meshes.launched_local_rank()}

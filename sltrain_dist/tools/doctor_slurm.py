@@ -202,7 +202,8 @@ def _submit(script: Path, arguments: Sequence[str]) -> int:
 
 def _follow(job: str) -> int:
     """Print the job's output until it has ended."""
-    shown, state, before = 0, {}, ""
+    state: dict[str, str] = {}
+    shown, before = 0, ""
     while True:
         now = _state(job)
         ended = not now or now["JobState"] in _OVER

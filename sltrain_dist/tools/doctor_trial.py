@@ -124,7 +124,7 @@ def losses(run: Path) -> dict[int, float]:
     return found
 
 
-def _another(visit: Visit, common: Mapping[str, Any]) -> Layout:
+def _another(visit: Visit, common: dict[str, Any]) -> Layout:
     """The first other layout that pretrain takes; without changes: the same, of a checkpoint written anew."""
     for layout in _layouts(visit):
         flags = {
