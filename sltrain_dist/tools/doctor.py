@@ -13,6 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sltrain_dist.config import TrainConfig
+from sltrain_dist.model.backends import resolve_attention, resolve_norm
 from sltrain_dist.parallel import mesh as meshes
 from sltrain_dist.parallel.reach import LeftError, ReachError, meet
 from sltrain_dist.tools import doctor_machine as machine
@@ -29,9 +33,10 @@ from sltrain_dist.tools.doctor_visit import (
     refusal,
     skipped,
 )
-from sltrain_dist.tools.plan import parse_bytes
+from sltrain_dist.tools.plan import blank_model, parse_bytes
 from sltrain_dist.tools.plan_output import check_target, write_json
 from sltrain_dist.train.settings import resolve
+from sltrain_dist.train.tracker import check_tracker
 from sltrain_dist.utils.errors import UserError
 
 _HOURS = 24 * 3600.0
@@ -72,6 +77,7 @@ def run(own: dict[str, Any], arguments: Sequence[str], pretrain: Path) -> int:
     if first:
         check_target(own["json"], "--json")
     config = resolve(arguments, meshes.launched_world_size())
+    _refuse(config)
     try:
         meeting = meet(options.meet_timeout)
     except ReachError as error:
@@ -97,6 +103,16 @@ def _options(own: dict[str, Any], pretrain: Path) -> Options:
             raise UserError(f"--{flag} {own[flag]:g}: must lie between 0 and {_HOURS:g} seconds")
     memory = None if own["gpu_memory"] is None else parse_bytes(own["gpu_memory"])
     return Options(own["meet_timeout"], own["trial_timeout"], memory, pretrain)
+
+
+def _refuse(config: TrainConfig) -> None:
+    """Raise UserError for what pretrain refuses when it builds, in its words: one line, before any rank is waited for."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, model = getattr(torch, config.engine.dtype), config.model
+    check_tracker(config.tracker)
+    resolve_attention(config.attention, device, dtype, model.head_dim)
+    resolve_norm(config.norm, device, dtype, model.hidden_size)
+    blank_model(config)
 
 
 def _left_out(text: str | None) -> set[str]:
