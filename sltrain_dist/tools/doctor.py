@@ -73,6 +73,10 @@ def run(own: dict[str, Any], arguments: Sequence[str], pretrain: Path) -> int:
     """
     options = _options(own, pretrain)
     left_out = _left_out(own["skip"])
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        return (
+            2  # torchrun --max_restarts starts again whoever fails; the verdict would be the same
+        )
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         check_target(own["json"], "--json")

@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sltrain_dist.config import TrainConfig
-from sltrain_dist.parallel.mesh import free_port
+from sltrain_dist.parallel import mesh as meshes
 from sltrain_dist.tools.convert import convert
 from sltrain_dist.tools.doctor_visit import Outcome, Visit, failed, passed
 from sltrain_dist.train.flags import FLAGS, explicit
@@ -38,7 +40,7 @@ _LOOSE = 2e-2  # nats, where numbers are rounded to 16 or 8 bits
 _TIGHT = 1e-4
 # Flags that describe the real run's length, place and records: the trial has its own.
 _DROPPED = ("save_dir", "continue_from", "max_train_tokens", "num_training_steps", "warmup_steps", "save_every",
-            "eval_every", "keep_last", "scheduler", "cycle_length", "tracker", "name", "tags")  # fmt: skip
+            "eval_every", "keep_last", "scheduler", "cycle_length", "tracker", "name", "tags", "profile", "prometheus")  # fmt: skip
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl
 
 
@@ -65,6 +67,9 @@ def trial(visit: Visit) -> Outcome:
     }
     folder = visit.folder
     assert folder is not None
+    meshes.close()  # the trial's ranks need the GPU's memory more
+    if visit.device == "cuda":
+        torch.cuda.empty_cache()
     if (problem := _train(visit, "first", common | {"save_every": SAVED})) is not None:
         return problem
     source = folder / "first" / f"step_{SAVED}"
@@ -189,7 +194,7 @@ def _train(visit: Visit, name: str, flags: Mapping[str, Any]) -> Outcome | None:
     """Run pretrain on all ranks until its loss of update SEEN is there, and kill it; None, or what went wrong."""
     folder, meeting = visit.folder, visit.meeting
     assert folder is not None
-    port = meeting.gather(free_port() if meeting.rank == 0 else 0)[0]
+    port = meeting.gather(meshes.free_port() if meeting.rank == 0 else 0)[0]
     line = command_line({**flags, "save_dir": folder / name})
     log = folder / f"{name}-{meeting.rank}.log"
     command = [sys.executable, str(visit.options.pretrain), *line]

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from sltrain_dist.parallel.mesh import free_port
+from sltrain_dist.params import count_parameters
+from sltrain_dist.tools.plan import blank_model
 from sltrain_dist.train.checkpoint_room import available_memory
+from sltrain_dist.train.memory import checkpoint_bytes
+from sltrain_dist.train.settings import resolve
 from tests.launcher.doctors import Examined, Pair
 from tests.launcher.tiny import REPOSITORY, flags, launch
 
@@ -255,6 +259,15 @@ def test_dry_run(bare, inputs, tmp_path, capsys):
     assert "on 2 x cpu" in captured.out
     assert "the plan takes" in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_size(trained):
+    """The planned bytes are those of a checkpoint that was written."""
+    command = json.loads((trained / "config.json").read_text())["command"]
+    config = resolve(command, 1)
+    planned = checkpoint_bytes(config, count_parameters(blank_model(config)))
+    written = sum(path.stat().st_size for path in (trained / "step_6").iterdir())
+    assert planned == pytest.approx(written, rel=0.1)
 
 
 @pytest.mark.slow
