@@ -4,7 +4,7 @@
 Looks at versions, GPUs, connections, clocks, disk, text, kernels, memory, support and checkpoint on all ranks, then
 trains a few updates, is killed, resumes and reshards. Prints a row for each with the mend where one failed.
 --slurm JOB.sbatch [FLAGS] does it inside a job; --dry_run [RANKS] plans the run on imagined ranks of a login node.
-Exit codes: 0 all passed, 2 something to mend, 1 anything else; with --slurm the job's.
+Exit codes: 0 all passed, 2 something to mend (torchrun makes a 1 of it), 1 anything else; with --slurm the job's.
 """
 
 import os

@@ -80,6 +80,7 @@ def test_readme_names_what_exists():
         "convert_checkpoint",
         "plan",
         "report",
+        "doctor",
     ):
         parser = importlib.import_module(f"launcher.{name}").parser()
         others |= {option.removeprefix("--") for option in parser._option_string_actions}

@@ -38,7 +38,7 @@ def memory(visit: Visit) -> Outcome:
     """The plan of a rank against its device, or its share of the host. One rank plans for all: the plans are one."""
     meeting, given = visit.meeting, visit.options.gpu_memory
     limits = [limit for limit in meeting.gather(_own_memory(visit)) if limit is not None]
-    limit = given if given is not None else min(limits, default=None)
+    visit.limit = limit = given if given is not None else min(limits, default=None)
     answer: dict[str, Any] = {}
     if meeting.rank == 0:
         request = Request(visit.arguments, meeting.world_size, visit.device, limit, 1.0, 1.0)

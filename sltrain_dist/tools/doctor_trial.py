@@ -29,6 +29,7 @@ from sltrain_dist.config import TrainConfig
 from sltrain_dist.parallel import mesh as meshes
 from sltrain_dist.tools.convert import convert
 from sltrain_dist.tools.doctor_visit import Outcome, Visit, failed, passed
+from sltrain_dist.tools.plan import Request, settle
 from sltrain_dist.train.flags import FLAGS, explicit
 from sltrain_dist.train.settings import resolve
 from sltrain_dist.utils.errors import UserError
@@ -130,7 +131,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def _another(visit: Visit, common: dict[str, Any]) -> Layout:
-    """The first other layout that pretrain takes; without changes: the same, of a checkpoint written anew."""
+    """The first other layout that pretrain takes and that fits the memory; without changes: the same, of a checkpoint written anew."""
     for layout in _layouts(visit):
         flags = {
             name: value
@@ -138,9 +139,18 @@ def _another(visit: Visit, common: dict[str, Any]) -> Layout:
             if value is not None
         }
         with contextlib.suppress(UserError):
-            resolve(command_line(flags), visit.meeting.world_size)
-            return layout
+            if _fits(visit, resolve(command_line(flags), visit.meeting.world_size)):
+                return layout
     return Layout("the checkpoint rewritten by the converter", {})
+
+
+def _fits(visit: Visit, config: TrainConfig) -> bool:
+    """Whether a rank has the memory, by the closed formula: more copies of the model take more than the run itself."""
+    if visit.limit is None:
+        return True
+    ranks = visit.meeting.world_size
+    request = Request(visit.arguments, ranks, visit.device, visit.limit, 1.0, 1.0)
+    return settle(request, config, visit.blank).formula["total"] <= visit.limit
 
 
 def _layouts(visit: Visit) -> Iterator[Layout]:

@@ -67,7 +67,8 @@ class Options:
 class Visit:
     """A launch of ranks, and the run that it would be: filled by the checks as they go.
 
-    mesh: from the check of links on. folder: a temporary one where checkpoints will lie, from save_dir on.
+    limit: bytes that a rank may take, from memory on, where known. mesh: from links on. folder: a temporary one
+    where checkpoints will lie, from save_dir on.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Visit:
             meeting,
         )
         self.device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.limit: int | None = None
         self.mesh: Mesh | None = None
         self.folder: Path | None = None
 

@@ -4,18 +4,21 @@ import json
 import os
 import threading
 
+import psutil
 import pytest
 from torch._C._distributed_c10d import HashStore
 
 from launcher import doctor
 from sltrain_dist.parallel.links import Link, Speeds
 from sltrain_dist.parallel.reach import LeftError, Meeting, ReachError, clock_skew
-from sltrain_dist.tools import doctor_slurm
+from sltrain_dist.tools import doctor_slurm, doctor_trial
 from sltrain_dist.tools.doctor_machine import OLDEST, judge
 from sltrain_dist.tools.doctor_slurm import Job, read_job
-from sltrain_dist.tools.doctor_trial import command_line, compare
-from sltrain_dist.tools.doctor_visit import failed, merge, passed
-from tests.launcher.tiny import REPOSITORY
+from sltrain_dist.tools.doctor_trial import Layout, command_line, compare
+from sltrain_dist.tools.doctor_visit import Options, Visit, failed, merge, passed
+from sltrain_dist.train.flags import explicit
+from sltrain_dist.train.settings import resolve
+from tests.launcher.tiny import CONFIG, REPOSITORY, flags
 
 
 def meetings(count):
@@ -119,6 +122,80 @@ def test_losses(tmp_path):
     assert not compare(tmp_path, "resumed", 1e-4)[0]
 
 
+PRETRAIN = """
+import json, pathlib, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(flags["--save_dir"])
+mode = (pathlib.Path(__file__).parent / "mode").read_text()
+if mode == "refuses":
+    sys.exit("error: --rank 0: must be positive")
+folder.mkdir()
+with (folder / "metrics.jsonl").open("w") as records:
+    for step in range(1, 10 if mode != "hangs" else 3):
+        wrong = mode == folder.name and step == 5
+        print(json.dumps({"step": step, "loss": 9.0 - step + wrong}), file=records, flush=True)
+        if step == 3:
+            (folder / "step_3").mkdir()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("well", "resumed: losses equal to the bit; resharded (another): losses equal"),
+        ("refuses", "the first run ended on rank 0 on"),
+        ("hangs", "the first run had not done 5 updates after 2 s"),
+        ("resumed", "resumed from the checkpoint of update 3, losses differ by 1 nats"),
+        ("resharded", "resharded (another) from the checkpoint of update 3, losses differ"),
+    ],
+)
+def test_trial(tmp_path, monkeypatch, mode, words):
+    """What a run does wrong, on a script that plays pretrain; and no process is left."""
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "mode").write_text(mode)
+    script = tmp_path / "pretrain.py"
+    script.write_text(PRETRAIN)
+    line = tuple(flags(tmp_path, tmp_path / "run"))
+    options = Options(5.0, 2.0 if mode == "hangs" else 60.0, None, script)
+    visit = Visit(line, resolve(line, 1), options, meetings(1)[0])
+    visit.folder = tmp_path / "trial"
+    visit.folder.mkdir()
+    visit.meeting.begin("trial", 60)
+    monkeypatch.setattr(doctor_trial, "_another", lambda *_: Layout("another", {"seed": 42}))
+    outcome = doctor_trial.trial(visit)
+    assert words in outcome.found
+    assert outcome.status == ("passed" if mode == "well" else "failed")
+    assert ("--rank 0: must be positive" in outcome.found) == (mode == "refuses")
+    running = [
+        process.info["cmdline"]
+        for process in psutil.process_iter(["cmdline"])
+        if str(script) in (process.info["cmdline"] or [])
+    ]
+    assert running == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "words"),
+    [
+        ({}, 4, "--replicate 2"),
+        ({"replicate": 2}, 4, "--replicate 1"),
+        ({"tensor_parallel": 2}, 2, "the checkpoint rewritten by the converter"),
+        ({"optimizer": "muon", "replicate": 4}, 4, "the checkpoint rewritten by the converter"),
+        ({"ds_config": REPOSITORY / "ds_configs" / "zero2.json"}, 2, "FSDP2"),
+    ],
+)
+def test_other_layouts(tmp_path, changes, ranks, words):
+    """A layout that pretrain takes, and that is another one."""
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    line = tuple(flags(tmp_path, tmp_path / "run", **changes))
+    visit = Visit(line, resolve(line, ranks), Options(5.0, 5.0, None, tmp_path), meetings(ranks)[0])
+    layout = doctor_trial._another(visit, explicit(line))
+    assert layout.words == words
+    visit.limit = 1  # byte
+    assert "converter" in doctor_trial._another(visit, explicit(line)).words
+
+
 def test_verdict():
     """Failed where one rank failed, with its name; once where all say the same."""
     two = meetings(2)[0]
@@ -129,8 +206,8 @@ def test_verdict():
 
 
 def test_flags_again():
-    flags = {"rank": 8, "per_layer": True, "single_gpu": False, "lr": 1e-3}
-    assert command_line(flags) == ["--per_layer", "--rank", "8", "--lr", "0.001"]
+    given = {"rank": 8, "per_layer": True, "single_gpu": False, "lr": 1e-3}
+    assert command_line(given) == ["--per_layer", "--rank", "8", "--lr", "0.001"]
 
 
 def test_oldest_versions():
