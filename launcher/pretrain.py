@@ -7,6 +7,7 @@ end and everything is saved: start it again with --continue_from auto; 1 anythin
 Torchrun takes 75 for a fault: where it would restart its workers they end with 0, and heartbeat.json says "interrupted".
 """
 
+import contextlib
 import os
 import sys
 
@@ -53,7 +54,8 @@ def main(arguments: list[str]) -> int:
         return report(str(error), 1, error.speaks)
     except InterruptError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"interrupted by {error}", flush=True)
+            with contextlib.suppress(OSError):  # the launcher that read it may be what is gone
+                print(f"interrupted by {error}", flush=True)
         left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
             os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         )

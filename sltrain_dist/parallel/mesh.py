@@ -166,8 +166,7 @@ def initialise(
         on_gpu = device_type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            # One process needs no rendezvous, so no port that a firewall or another run could block.
-            store=dist.HashStore() if world_size == 1 else store,  # type: ignore[attr-defined]
+            store=store or _meet(rank, world_size, timedelta(seconds=timeout)),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
@@ -181,6 +180,17 @@ def initialise(
         for group in (*axes.get_all_groups(), mesh.dp_group):
             _set_pg_timeout(timedelta(seconds=timeout), group)
     return mesh
+
+
+def _meet(rank: int, world_size: int, timeout: timedelta) -> Any:
+    """The store through which ranks find each other, at the launcher's address."""
+    if world_size == 1:  # needs no port that a firewall or another run could block
+        return dist.HashStore()  # type: ignore[attr-defined]
+    meeting = dist.rendezvous("env://", rank, world_size, timeout=timeout)  # type: ignore[attr-defined]
+    store, _, _ = next(meeting)
+    # A torchrun with a fixed address keeps its store over restarts, with the addresses of ranks that are dead.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"restart-{restart}", store)  # type: ignore[attr-defined]
 
 
 def imagine(world_size: int, tensor_parallel: int = 1, replicate: int = 1) -> Mesh:

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from types import TracebackType
 
@@ -60,7 +61,7 @@ class Liveness:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        where: TracebackType | None,
     ) -> None:
         """After a failure of a collective say which rank was the cause.
 
@@ -69,7 +70,7 @@ class Liveness:
         """
         blamed = None
         if isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _WORDS):
-            self._dump()
+            self._dump(error)
             blamed = self.blame()
         self._ended.set()
         if blamed is not None:
@@ -162,12 +163,15 @@ class Liveness:
             time.sleep(3)
         os._exit(1)
 
-    def _dump(self) -> None:
-        """Stacks of all threads, and the last collectives where torch has recorded them."""
+    def _dump(self, error: BaseException | None = None) -> None:
+        """Where ``error`` came from, stacks of all threads, and the last collectives where torch has recorded them."""
         folder = self._folder / FAULTS
         try:
             folder.mkdir(exist_ok=True)
             with open(folder / f"rank-{self._mesh.rank:05d}-stacks.txt", "w") as file:
+                if error is not None:
+                    file.writelines((*traceback.format_exception(error), "\n"))
+                    file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             record = _flight_record()
             if record:

@@ -283,9 +283,10 @@ def _told(run: Run) -> Iterator[None]:
         raise
 
 
-def _bar(run: Run, steps: int) -> "tqdm[Any]":
+@contextlib.contextmanager
+def _bar(run: Run, steps: int) -> "Iterator[tqdm[Any]]":
     terminal = sys.stderr.isatty()
-    return tqdm(
+    bar = tqdm(
         total=steps,
         initial=run.step,
         disable=not run.mesh.is_first,
@@ -294,6 +295,11 @@ def _bar(run: Run, steps: int) -> "tqdm[Any]":
         dynamic_ncols=terminal,
         ncols=None if terminal else 130,
     )
+    try:
+        yield bar
+    finally:
+        with contextlib.suppress(OSError):  # nobody reads any more
+            bar.close()
 
 
 def _advance(bar: "tqdm[Any]", line: dict[str, Any]) -> None:
