@@ -24,9 +24,13 @@ from sltrain_dist.train import evaluate, loop
 update, evaluated = loop.update, evaluate.evaluate
 
 
-def span(name):
-    first, _, last = os.environ.get(name, "-1:-1").partition(":")
-    return range(int(first), int(last or int(first) + 1))
+def meant(name, batch):
+    text = os.environ.get(name, "-1:-1")
+    if "%" in text:
+        first, every = map(int, text.split("%"))
+        return batch % every == first
+    first, _, last = text.partition(":")
+    return batch in range(int(first), int(last or int(first) + 1))
 
 
 def pause(place):
@@ -41,9 +45,9 @@ def pause(place):
 def faulty_update(run, micro_batches, lr, **options):
     pause(f"{run.position}")
     factor = 1.0
-    if run.position in span("FAULTY_NAN"):
+    if meant("FAULTY_NAN", run.position):
         factor = math.nan
-    elif run.position in span("FAULTY_SPIKE"):
+    elif meant("FAULTY_SPIKE", run.position):
         factor = 50.0
     hook = run.engine.module.register_forward_hook(lambda module, args, loss: loss * factor)
     try:
