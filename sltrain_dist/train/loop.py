@@ -200,7 +200,7 @@ def _end_if(asked: int, run: Run, parts: Parts) -> None:
     """Save and raise InterruptError, where a signal has asked for it."""
     if not asked:
         return
-    if run.step != parts.saves.begun:
+    if run.step != parts.saves.begun or not parts.saves.stands:
         _save(run, parts)
     parts.saves.finish(patient=False)
     name = signal_name(asked)

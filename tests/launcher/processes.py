@@ -38,10 +38,10 @@ def end(process, seconds=240):
 
 
 def wait_until(holds, process, seconds=180):
-    """Wait until ``holds()``; fails where the process ends before or it takes too long."""
+    """Wait until ``holds()``; fails where the process (None: none) ends before, or it takes too long."""
     until = time.monotonic() + seconds
     while not holds():
-        assert process.poll() is None, process.communicate()[0]
+        assert process is None or process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until, "it never came"
         time.sleep(0.02)
 

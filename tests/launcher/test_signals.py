@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +21,7 @@ from tests.launcher.processes import (
     torchrun,
     wait_until,
 )
-from tests.launcher.tiny import flags, losses
+from tests.launcher.tiny import deepspeed, flags, losses
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +124,26 @@ def test_while_data_is_prepared(inputs, tmp_path):
     assert code == REQUEUE, output
     assert "interrupted by SIGTERM" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("whom", ["a rank", "the command"])
+def test_deepspeed_hands_on_the_code_and_leaves_no_orphans(inputs, tmp_path, whom):
+    """The deepspeed command, when it is ended alone, leaves its ranks running unless they notice."""
+    run = tmp_path / "run"
+    settings = {"num_training_steps": 100_000, "save_every": 0, "eval_every": 0}
+    line = flags(inputs, run, ds_config="ds_configs/zero2.json", **settings)
+    binary = Path(sys.executable).parent
+    command = ["-m", "deepspeed.launcher.runner", *deepspeed(2, *line)[1:]]
+    process = start(command, PATH=f"{binary}{os.pathsep}{os.environ['PATH']}")
+    wait_until(lambda: (run / "metrics.jsonl").exists(), process)
+    workers = [rank_process(rank, run) for rank in (0, 1)]
+    if whom == "a rank":
+        os.kill(workers[1], signal.SIGUSR1)
+        assert end(process)[0] == REQUEUE
+    else:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)  # until the last of its ranks has closed the pipe
+        assert heartbeat(run)["state"] == "interrupted"
+    wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers), None, 60)
+    assert events(run, "interrupted")[0]["signal"] == ("SIGUSR1" if whom == "a rank" else "SIGTERM")
+    assert heartbeat(run)["last_checkpoint"] == heartbeat(run)["step"] > 0
