@@ -62,7 +62,8 @@ exec "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$PRO
 # What a run did last stands in its heartbeat; one that an earlier job left there says nothing about this one.
 mkdir -p "$SAVE_DIR"
 beat() { cat "$SAVE_DIR/heartbeat.json" 2>/dev/null || true; }
-BEFORE=$(beat)
+checkpoint() { cat "$SAVE_DIR/latest" 2>/dev/null || true; }
+BEFORE=$(beat) SAVED=$(checkpoint)
 state_of_run() {
     [ "$(beat)" = "$BEFORE" ] || beat | "$PYTHON" -c '
 import json, sys
@@ -130,5 +131,7 @@ if [ "$status" != 0 ]; then
         done
         requeue "a node does not answer"
     fi
+    # A fault. Worth another start if this one has moved the run on; one that comes back at the same place ends the job.
+    [ "$(checkpoint)" = "$SAVED" ] || requeue "ended with $status, but has saved $(checkpoint)"
 fi
 exit "$status"
