@@ -39,10 +39,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))} OMP_WA
 
 # NCCL finds InfiniBand (NCCL_IB_HCA), NVLink and the network by itself. Where a node has several networks it may choose one
 # that the others cannot reach; then NETWORK_INTERFACE=ib0 names it for NCCL's sockets and for gloo, which carries
-# checkpoints and agreements between hosts. NCCL_DEBUG=INFO prints what was chosen. The flight recorder keeps each rank's last
-# collectives and writes them out when one times out: they name the rank that did not come.
+# checkpoints and agreements between hosts. NCCL_DEBUG=INFO prints what was chosen.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 [ -z "${NETWORK_INTERFACE:-}" ] || export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE
 
 # On every node, once. Torchrun must outlive the signals that its ranks answer by saving: SLURM sends them to all processes
@@ -70,11 +68,12 @@ import json, sys
 beat = json.load(sys.stdin)
 print(beat["state"] if str(beat["job"]) == sys.argv[1] else "")' "$SLURM_JOB_ID"
 }
+preempted() { scontrol show job "$JOB" | grep -q 'PreemptTime=[0-9]'; }
 running() { [ "$(squeue --noheader --job "$JOB" --format %T)" = RUNNING ]; }
 seconds_left() { # before the time limit strikes
     local end
     end=$(SLURM_TIME_FORMAT=standard squeue --noheader --job "$JOB" --format %e)
-    end=$(date --date "$end" +%s 2>/dev/null) || end=9999999999
+    end=$(date --date "${end:-none}" +%s 2>/dev/null) || end=9999999999 # a job without a limit
     echo $((end - $(date +%s)))
 }
 
@@ -114,13 +113,15 @@ while kill -0 "$step" 2>/dev/null; do
 done
 status=0
 wait "$step" || status=$?
-state=$(state_of_run)
+state=$(state_of_run) || state=''
 say "step ended with $status, run ${state:-silent}"
 
-# A job preempted with a grace time that ends before it is over counts as ended for SLURM: nobody else would requeue it.
+# A preempted job that ends before its grace time is over counts as ended for SLURM: nobody else would requeue it.
+[ "$state" != finished ] || exit "$status"
 [ "$state" != interrupted ] || requeue "interrupted, checkpoint saved"
+# Asked while it prepared its data, it ends before there is anything to save.
+if [ -n "$ASKED" ] || preempted; then requeue "ended with $status when asked to"; fi
 if [ "$status" != 0 ]; then
-    [ -z "$ASKED" ] || requeue "ended with $status when asked to save"
     # Did a node die? The step ends at once, but SLURM waits for SlurmdTimeout before it gives up the node and requeues the job.
     if ! timeout 60 srun --overlap --ntasks-per-node=1 true; then
         say "a node does not answer: waiting for SLURM to requeue the job"

@@ -8,7 +8,6 @@ Needs root and Debian's slurmctld, slurmd and slurm-client (installed by apt-get
 """
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -25,6 +24,10 @@ GPUS = 2  # claimed by each node
 PACKAGES = ("slurmctld", "slurmd", "slurm-client")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "unshare", "setpriv")
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
+
+MACHINE = (
+    "setpriv --pdeathsig KILL unshare --uts --mount --mount-proc --pid --fork --kill-child".split()
+)
 
 # Partition "high" preempts "low". Short waits everywhere: SLURM's defaults are made for hours.
 CONFIGURATION = """
@@ -106,7 +109,9 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self._lock = open(Path(tempfile.gettempdir()) / "sltrain-test-slurm.lock", "w")
+        self._lock = os.open(
+            Path(tempfile.gettempdir()) / "slurm-test.lock", os.O_CREAT | os.O_RDWR
+        )
 
     def __enter__(self) -> "Cluster":
         fcntl.flock(
@@ -145,15 +150,14 @@ class Cluster:
         for host in list(self._daemons):
             self.switch_off(host)
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        os.close(self._lock)
 
     def _start(self, host: str, *daemon: str) -> None:
         """A daemon as the child of the first process of a PID namespace; that one reaps orphans."""
         inside = f'hostname {host}; mount --bind {self.folder}/hosts /etc/hosts; "$@" & wait'
         with open(self.folder / f"{host}.log", "ab") as log:
             self._daemons[host] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "unshare", "--uts", "--mount", "--pid", "--fork"]
-                + ["--kill-child", "--mount-proc", "bash", "-c", inside, host, *daemon],
+                [*MACHINE, "bash", "-c", inside, host, *daemon],
                 env=self.environment,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
@@ -218,11 +222,3 @@ class Cluster:
         for path in sorted(self.folder.glob("*.log")):
             parts.append(f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}")
         return "\n".join(parts)
-
-
-def heartbeat(run: Path) -> dict[str, Any]:
-    """The run's heartbeat, or nothing yet."""
-    try:
-        return dict(json.loads((run / "heartbeat.json").read_text()))
-    except FileNotFoundError:
-        return {}

@@ -1,11 +1,11 @@
 """One cluster for the session, and jobs on it whose logs are shown when a test fails."""
 
-import os
-import subprocess
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,12 +55,12 @@ class Job:
             **variables,
         )  # fmt: skip
 
-    def ended(self, seconds: float = 120) -> str:
+    def ended(self, seconds: float = 400) -> str:
         """Wait for the end; the state and exit status that SLURM reports, as "FAILED 1:0"."""
         known = self.cluster.ended(self.number, seconds)
         return f"{known['JobState']} {known['ExitCode']}"
 
-    def trained(self, updates: int, seconds: float = 90) -> None:
+    def trained(self, updates: int, seconds: float = 200) -> None:
         """Wait until the run has done so many updates."""
         self.cluster.until(
             lambda: (
@@ -72,14 +72,22 @@ class Job:
             f"update {updates}",
         )
 
-    def restarted(self, times: int, seconds: float = 90) -> None:
-        """Wait until the job runs for the so manieth time after its first."""
+    def requeued(self, times: int, seconds: float = 200) -> None:
+        """Wait until SLURM has put the job back so often."""
+        self.cluster.until(
+            lambda: self.restarts >= times, seconds, f"requeue {times} of job {self.number}"
+        )
 
-        def running() -> bool:
-            known = self.cluster.job(self.number)
-            return known["JobState"] == "RUNNING" and int(known["Restarts"]) >= times
+    def restarted(self, times: int, seconds: float = 200) -> None:
+        """Wait until it runs again after that."""
+        self.requeued(times, seconds)
+        self.cluster.until(
+            lambda: self.cluster.job(self.number)["JobState"] == "RUNNING", seconds, "a restart"
+        )
 
-        self.cluster.until(running, seconds, f"restart {times} of job {self.number}")
+    def heartbeat(self) -> dict[str, Any]:
+        """What the run said of itself last."""
+        return json.loads((self.run / "heartbeat.json").read_text())
 
     @property
     def restarts(self) -> int:
