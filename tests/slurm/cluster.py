@@ -1,10 +1,6 @@
-"""A throw-away SLURM: slurmctld and two slurmd on loopback, each a machine of its own as far as the kernel allows.
+"""A throw-away SLURM on loopback: slurmctld and two slurmd, each on a machine of its own (machines.py).
 
-Every daemon runs in its own UTS, mount and PID namespace: it has a hostname, a /etc/hosts that knows the nodes,
-and all that it starts dies with it. So a node is switched off by one SIGKILL, and nothing outlives a cluster,
-even where the tests themselves are killed (PDEATHSIG). Nothing of the machine's own /etc is touched.
-
-Needs root and Debian's slurmctld, slurmd and slurm-client (installed by apt-get where that works).
+Needs root and Debian's slurmctld, slurmd and slurm-client.
 """
 
 import fcntl
@@ -19,15 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.slurm import machines
+
 NODES = ("node1", "node2")
 GPUS = 2  # claimed by each node
-PACKAGES = ("slurmctld", "slurmd", "slurm-client")
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "unshare", "setpriv")
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
-
-MACHINE = (
-    "setpriv --pdeathsig KILL unshare --uts --mount --mount-proc --pid --fork --kill-child".split()
-)
 
 # Partition "high" preempts "low". Short waits everywhere: SLURM's defaults are made for hours.
 CONFIGURATION = """
@@ -70,36 +62,9 @@ PartitionName=high Nodes=node[1-2] MaxTime=INFINITE State=UP PriorityTier=10 Pre
 
 def missing() -> str | None:
     """Why SLURM cannot be had here, or None; installs it where it can."""
-    if os.geteuid() != 0:
-        return "a SLURM of one's own needs root"
-    if subprocess.run(["unshare", "--uts", "--mount", "--pid", "--fork", "true"]).returncode:
-        return "the kernel grants no namespaces here"
-    install(*PACKAGES, wanted=PROGRAMS)
-    absent = [name for name in PROGRAMS if not shutil.which(name)]
-    return f"not installed, and apt-get cannot: {', '.join(absent)}" if absent else None
-
-
-def install(*packages: str, wanted: tuple[str, ...]) -> None:
-    """Debian packages, where a wanted program is absent and apt-get works; their services must not start."""
-    if all(map(shutil.which, wanted)) or not shutil.which("apt-get"):
-        return
-    policy = Path("/usr/sbin/policy-rc.d")
-    mine = not policy.exists()
-    if mine:
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    get = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
-    try:
-        for command in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
-            subprocess.run(
-                get + command, env=environment, stdout=subprocess.DEVNULL, timeout=300, check=False
-            )
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        if mine:
-            policy.unlink()
+    return machines.unavailable(
+        ("slurmctld", "slurmd", "slurm-client"), ("slurmctld", "slurmd", "sbatch")
+    )
 
 
 class Cluster:
@@ -120,13 +85,12 @@ class Cluster:
         for name in ("state", *(f"spool/{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)
         lines = [CONFIGURATION.format(folder=self.folder, port=16817)]
-        hosts = ["127.0.0.1 localhost slurmctl"]
+        machines.hosts(self.folder, NODES)
         for number, node in enumerate(NODES, 1):
             lines.append(
                 f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1{number} Port={16820 + number} "
                 f"CPUs=16 RealMemory=64000 Gres=gpu:{GPUS} State=UNKNOWN"
             )
-            hosts.append(f"127.0.0.1{number} {node}")
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
         devices = self.folder / "gpu"  # SLURM takes nothing but device files for GPUs
         for number in range(GPUS):
@@ -134,7 +98,6 @@ class Cluster:
         (self.folder / "gres.conf").write_text(
             f"NodeName=node[1-2] Name=gpu File={devices}[0-{GPUS - 1}]\n"
         )
-        (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
         self._start("slurmctl", "slurmctld", "-D")
         for node in NODES:
             self.switch_on(node)
@@ -153,17 +116,9 @@ class Cluster:
         os.close(self._lock)
 
     def _start(self, host: str, *daemon: str) -> None:
-        """A daemon as the child of the first process of a PID namespace; that one reaps orphans."""
-        inside = f'hostname {host}; mount --bind {self.folder}/hosts /etc/hosts; "$@" & wait'
-        with open(self.folder / f"{host}.log", "ab") as log:
-            self._daemons[host] = subprocess.Popen(
-                [*MACHINE, "bash", "-c", inside, host, *daemon],
-                env=self.environment,
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        binds = {"/etc/hosts": self.folder / "hosts"}
+        log = self.folder / f"{host}.log"
+        self._daemons[host] = machines.start(host, list(daemon), log, binds, self.environment)
 
     def switch_on(self, node: str) -> None:
         """Start a node's slurmd."""
