@@ -1,6 +1,7 @@
 """``deepspeed --hostfile``: two hosts on loopback, each with an sshd of its own, joined by pdsh."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from tests.slurm import machines
 NAMES = ("host1", "host2")
 SSHD = """
 ListenAddress 127.0.0.1{number}
-Port 22
+Port {port}
 HostKey {folder}/key
 AuthorizedKeysFile {folder}/key.pub
 StrictModes no
@@ -34,7 +35,8 @@ def shell(tmp_path):
     subprocess.run(
         ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")], check=True
     )
-    config = f"Host *\nIdentityFile {tmp_path}/key\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
+    port = free_port()
+    config = f"Host *\nPort {port}\nIdentityFile {tmp_path}/key\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
     (tmp_path / "ssh").mkdir()
     (tmp_path / "ssh" / "config").write_text(config)
     Path("/run/sshd").mkdir(exist_ok=True)
@@ -50,13 +52,27 @@ def shell(tmp_path):
         return running[-1]
 
     for number, name in enumerate(NAMES, 1):
-        (tmp_path / f"{name}.conf").write_text(SSHD.format(number=number, folder=tmp_path))
+        (tmp_path / f"{name}.conf").write_text(
+            SSHD.format(number=number, folder=tmp_path, port=port)
+        )
         start(name, ["/usr/sbin/sshd", "-D", "-e", "-f", str(tmp_path / f"{name}.conf")])
-    time.sleep(1)
+    for number in range(1, len(NAMES) + 1):
+        _wait_for(f"127.0.0.1{number}", port)
     yield lambda command: start("login", command)
     for process in running:
         process.kill()
         process.wait()
+
+
+def _wait_for(address: str, port: int, seconds: float = 30) -> None:
+    """Until somebody listens there."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=1).close()
+        except OSError:
+            assert time.monotonic() < deadline, f"nobody listens at {address}:{port}"
+            time.sleep(0.1)
 
 
 def test_two_hosts_train_like_one(shell, tmp_path):

@@ -6,7 +6,7 @@ from tests.launcher import tiny
 from tests.slurm.cluster import NODES
 from tests.slurm.conftest import UPDATES
 
-PACE = {"PACE": "0.15"}  # two micro-batches an update: 12 seconds of training
+PACE = {"PACE": "0.15"}  # two micro-batches an update: 12 seconds of training in the first start
 
 
 @pytest.fixture(scope="session")
@@ -61,14 +61,13 @@ def test_preempted_job_continues_on_the_same_curve(submit, preempt, undisturbed)
 
 
 def test_cancelled_job_saves_and_stays_cancelled(submit, cluster, undisturbed):
-    with submit("pretrain_7b", **PACE) as job:
+    with submit("pretrain_7b", "--save_every", "0", **PACE) as job:
         job.trained(UPDATES // 3)
         cluster.command("scancel", job.number)
         assert job.ended().startswith("CANCELLED")
         beat = job.heartbeat()
         assert beat["state"] == "interrupted"
         assert (job.run / "latest").read_text().strip() == f"step_{beat['step']}"
-        assert beat["step"] % 10  # not one of --save_every
         assert "requeued" not in job.log.read_text()
         assert tiny.losses(job.run).items() <= undisturbed.items()
 
@@ -104,7 +103,7 @@ def test_error_of_the_user_is_handed_on(submit):
 @pytest.mark.slow
 def test_preempted_twice_and_a_node_lost(submit, cluster, preempt, undisturbed, capsys):
     """Preempted, a node (the one that runs the job script) lost, preempted again: nobody touches the job meanwhile."""
-    with submit("pretrain_7b", **PACE) as job:
+    with submit("pretrain_7b", PACE="0.15,0.15,0.15") as job:
         for number, strike in enumerate(
             (lambda: preempt(1), lambda: lose(cluster, NODES[0]), lambda: preempt(1)), 1
         ):
