@@ -98,7 +98,7 @@ class Cluster:
         (self.folder / "gres.conf").write_text(
             f"NodeName=node[1-2] Name=gpu File={devices}[0-{GPUS - 1}]\n"
         )
-        self._start("slurmctl", "slurmctld", "-D")
+        self._start("localhost", "slurmctld", "-D")
         for node in NODES:
             self.switch_on(node)
         try:
