@@ -59,8 +59,9 @@ exec "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$PRO
 
 # What a run did last stands in its heartbeat; one that an earlier job left there says nothing about this one.
 mkdir -p "$SAVE_DIR"
-beat() { cat "$SAVE_DIR/heartbeat.json" 2>/dev/null || true; }
-checkpoint() { cat "$SAVE_DIR/latest" 2>/dev/null || true; }
+newest() { ls "$SAVE_DIR" >/dev/null && cat "$SAVE_DIR/$1" 2>/dev/null || true; } # ls: makes a network file system look again
+beat() { newest heartbeat.json; }
+checkpoint() { newest latest; }
 BEFORE=$(beat) SAVED=$(checkpoint)
 state_of_run() {
     [ "$(beat)" = "$BEFORE" ] || beat | "$PYTHON" -c '
@@ -84,6 +85,7 @@ requeue() {
         say "stopped as asked, not requeued"
     elif running; then
         say "requeued: $1"
+        trap '' TERM # its answer
         scontrol requeue "$JOB" || say "cannot be requeued: submit it again, it continues from $SAVE_DIR"
     fi
     exit 75

@@ -130,6 +130,12 @@ class Cluster:
         process.kill()
         process.wait()
 
+    def repair(self) -> None:
+        """Switch on what a failed test left switched off."""
+        for node in NODES:
+            if node not in self._daemons:
+                self.switch_on(node)
+
     def command(self, *command: str, check: bool = True, **variables: str) -> str:
         """Run a SLURM client; its output."""
         done = subprocess.run(

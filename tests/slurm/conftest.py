@@ -113,6 +113,7 @@ def submit(cluster, inputs, tmp_path_factory):
         finally:
             cluster.command("scancel", "--signal=KILL", "--full", job.number, check=False)
             cluster.command("scancel", job.number, check=False)
+            cluster.repair()
             cluster.until(lambda: not cluster.command("squeue", "-h"), 60, "an empty queue")
 
     return submitted

@@ -73,10 +73,10 @@ def test_cancelled_job_saves_and_stays_cancelled(submit, cluster, undisturbed):
 
 
 def test_job_goes_on_beyond_its_time_limit(submit, cluster, undisturbed):
-    with submit("pretrain_7b", **PACE) as job:
+    with submit("pretrain_7b", PACE="0.5") as job:
         job.trained(1)
         cluster.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=2")
-        job.requeued(1)  # USR1 comes 120 s before the limit: now, as soon as SLURM looks
+        job.requeued(1)  # USR1 comes 120 s before the limit: now, when SLURM looks, within 30 s
         cluster.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
         assert job.ended() == "COMPLETED 0:0"
         assert job.restarts == 1
@@ -98,6 +98,12 @@ def test_error_of_the_user_is_handed_on(submit):
         assert job.ended() == "FAILED 1:0"
         assert job.restarts == 0
         assert "--rank 0" in job.log.read_text()
+
+
+def test_dry_run_of_a_job(submit):
+    with submit("pretrain_7b", "--device", "cpu", DRY_RUN="1", PROCESSES_PER_NODE="") as job:
+        assert job.ended() == "COMPLETED 0:0"
+        assert "fsdp on 2 x cpu" in job.log.read_text()
 
 
 @pytest.mark.slow
