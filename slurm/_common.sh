@@ -59,7 +59,10 @@ exec "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$PRO
 
 # What a run did last stands in its heartbeat; one that an earlier job left there says nothing about this one.
 mkdir -p "$SAVE_DIR"
-newest() { ls "$SAVE_DIR" >/dev/null && cat "$SAVE_DIR/$1" 2>/dev/null || true; } # ls: makes a network file system look again
+newest() {
+    ls "$SAVE_DIR" >/dev/null # makes a network file system look again
+    cat "$SAVE_DIR/$1" 2>/dev/null || true
+}
 beat() { newest heartbeat.json; }
 checkpoint() { newest latest; }
 BEFORE=$(beat) SAVED=$(checkpoint)
