@@ -63,6 +63,7 @@ def start(
             ["setpriv", "--pdeathsig", "KILL", *NAMESPACES, "bash", "-c", inside, name, *program],
             env=environment,
             cwd=log.parent,
+            start_new_session=True,  # Ctrl-C is for the tests: they switch machines off in order
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
