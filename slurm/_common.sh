@@ -10,7 +10,8 @@ header() { sed -n "s/^#SBATCH --$1=\([0-9]*\).*/\1/p" "$0"; } # for a dry run ou
 
 NODES=${SLURM_JOB_NUM_NODES:-$(header nodes)}
 PYTHON=${PYTHON:-.venv/bin/python}
-PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(header gpus-per-node)}}
+gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(header gpus-per-node)}} # an exclusive job is on more than its steps see
+PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${gpus##*:}} # of "a100:4" the 4
 PROGRAM=${PROGRAM:-launcher/pretrain.py}
 case ${ENGINE:=fsdp} in
 fsdp) flags=(--engine fsdp) ;;
