@@ -87,6 +87,20 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     config = replace(config, save_dir=str(folder), name=config.name or folder.name)
     journal = Journal(folder, mesh.is_first, config.watch.prometheus)
     journal.beat("starting", total_steps=config.optimizer.total_steps)
+    with journal.telling(lambda: 0):
+        return _build(config, mesh, folder, found, hosts, journal, lock)
+
+
+def _build(
+    config: TrainConfig,
+    mesh: Mesh,
+    folder: Path,
+    found: Found,
+    hosts: list[str],
+    journal: Journal,
+    lock: object,
+) -> Run:
+    """All that comes after the run folder is ours."""
     data = _open_data(config, mesh)
     dtype, model = getattr(torch, config.engine.dtype), config.model
     attention = resolve_attention(config.attention, mesh.device, dtype, model.head_dim)

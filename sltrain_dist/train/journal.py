@@ -8,6 +8,7 @@ Written by the first rank, replaced atomically, and never a reason to stop: what
 and where a write took long the next one waits so much longer that the run does not feel it.
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -15,9 +16,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from sltrain_dist.utils.interrupt import InterruptError
 
 EVENTS, HEARTBEAT = "events.jsonl", "heartbeat.json"
 _INTERVAL = 1.0  # seconds between heartbeats
@@ -82,6 +85,25 @@ class Journal:
             self._alarms.pop(kind, None)
         else:
             self._alarms[kind] = text
+
+    @contextlib.contextmanager
+    def telling(self, step: Callable[[], int]) -> Iterator[None]:
+        """Around building and training: tell how it ended where that was not well. ``step``: asked for updates done."""
+        try:
+            yield
+        except InterruptError as error:
+            if (
+                self._values["state"] != "interrupted"
+            ):  # while data was prepared: there was nothing to save
+                self.event("interrupted", step(), signal=str(error).partition(" ")[0])
+                self.beat("interrupted")
+            raise
+        except BaseException as error:
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            self.event("failed", step(), reason=reason)
+            self.alarm("failed", reason)
+            self.beat("failed")
+            raise
 
     def beat(self, state: str | None = None, **values: Any) -> None:
         """Update what the heartbeat says, and write it where ``state`` changes or the last one is old."""

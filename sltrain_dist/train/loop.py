@@ -58,7 +58,7 @@ def train(run: Run) -> dict[str, Any]:
     config, mesh, folder = run.config, run.mesh, run.records.folder
     steps = config.optimizer.total_steps
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_told(run))
+        stack.enter_context(run.journal.telling(lambda: run.step))
         parts = Parts(
             stack.enter_context(Saves(run)),
             stack.enter_context(Liveness(mesh, folder, config.timeout)),
@@ -266,21 +266,6 @@ def _record(run: Run, line: dict[str, Any]) -> None:
         same = ("step", "loss", "tokens_seen", "tokens_per_second", "goodput")
         figures = {key: line[key] for key in same}
         run.journal.beat("training", eta_seconds=left * run.trained / run.step, **figures)
-
-
-@contextlib.contextmanager
-def _told(run: Run) -> Iterator[None]:
-    """Tell those who watch how the run ended, where it did not end well."""
-    try:
-        yield
-    except InterruptError:
-        raise
-    except BaseException as error:
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        run.journal.event("failed", run.step, reason=reason)
-        run.journal.alarm("failed", reason)
-        run.journal.beat("failed")
-        raise
 
 
 @contextlib.contextmanager

@@ -122,8 +122,9 @@ def test_while_data_is_prepared(inputs, tmp_path):
     process.send_signal(signal.SIGTERM)
     code, output = end(process, 60)
     assert code == REQUEUE, output
-    assert "interrupted by SIGTERM" in output
+    assert "interrupted by SIGTERM while data was prepared" in output
     assert "Traceback" not in output
+    assert heartbeat(tmp_path / "run")["state"] == "interrupted"
 
 
 @pytest.mark.parametrize("whom", ["a rank", "the command"])

@@ -84,6 +84,7 @@ def test_job_goes_on_beyond_its_time_limit(submit, cluster, undisturbed):
         assert tiny.losses(job.run) == undisturbed
 
 
+@pytest.mark.slow  # the longest, and a part of the last one
 def test_node_failure(submit, cluster, undisturbed):
     with submit("pretrain_7b", **PACE) as job:
         job.trained(UPDATES // 3)
