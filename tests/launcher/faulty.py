@@ -49,6 +49,9 @@ def faulty_update(run, micro_batches, lr, **options):
         factor = math.nan
     elif meant("FAULTY_SPIKE", run.position):
         factor = 50.0
+    slow, _, seconds = os.environ.get("FAULTY_SLOW", "-1:0").partition(":")
+    if run.mesh.rank == int(slow):
+        time.sleep(float(seconds))
     hook = run.engine.module.register_forward_hook(lambda module, args, loss: loss * factor)
     try:
         return update(run, micro_batches, lr, **options)
