@@ -78,7 +78,9 @@ class Run:
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def losses(self) -> dict[int, float]:
-        """By update."""
+        """By update, none twice."""
+        lines = [line for line in tiny.metrics(self.folder) if "loss" in line]
+        assert len({line["step"] for line in lines}) == len(lines), "an update stands twice"
         return tiny.losses(self.folder)
 
     def newest(self) -> Path | None:
@@ -86,57 +88,61 @@ class Run:
         found = sorted(self.folder.glob("step_*[0-9]"), key=lambda path: int(path.name[5:]))
         return found[-1] if found else None
 
-    def signal(self, rank: int, number: int) -> None:
-        """Send a signal to a rank, where it is there."""
+    def signal(self, rank: int, number: int) -> bool:
+        """Send a signal to a rank; False where it is not there just now."""
         try:
             os.kill(rank_process(rank, self.folder), number)
         except (AssertionError, ProcessLookupError):
             time.sleep(0.2)
+            return False
+        return True
 
 
-def _kill(run: Run, chance: random.Random) -> None:
-    run.signal(chance.randrange(RANKS), signal.SIGKILL)
+def _kill(run: Run, chance: random.Random) -> bool:
+    return run.signal(chance.randrange(RANKS), signal.SIGKILL)
 
 
-def _terminate(run: Run, chance: random.Random) -> None:
-    run.signal(chance.randrange(RANKS), chance.choice([signal.SIGTERM, signal.SIGUSR1]))
+def _terminate(run: Run, chance: random.Random) -> bool:
+    return run.signal(chance.randrange(RANKS), chance.choice([signal.SIGTERM, signal.SIGUSR1]))
 
 
-def _stop(run: Run, chance: random.Random) -> None:
-    run.signal(chance.randrange(RANKS), signal.SIGSTOP)
+def _stop(run: Run, chance: random.Random) -> bool:
+    return run.signal(chance.randrange(RANKS), signal.SIGSTOP)
 
 
-def _launcher(run: Run, chance: random.Random) -> None:
+def _launcher(run: Run, chance: random.Random) -> bool:
     assert run.process is not None
     run.process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
+    return True
 
 
-def _damage(run: Run, change: Callable[[bytearray], bytearray], chance: random.Random) -> None:
+def _damage(run: Run, change: Callable[[bytearray], bytearray], chance: random.Random) -> bool:
     """Change a file of the newest checkpoint and kill a rank, so that the restart must read it."""
     folder = run.newest()
-    if folder is not None:
-        try:
-            path = chance.choice(sorted(folder.iterdir()))
-            path.write_bytes(change(bytearray(path.read_bytes())))
-        except OSError:
-            pass  # just then replaced by a newer one
+    try:
+        assert folder is not None
+        path = chance.choice(sorted(folder.iterdir()))
+        path.write_bytes(change(bytearray(path.read_bytes())))
+    except (AssertionError, OSError, IndexError):
+        return False  # none yet, or just then replaced by a newer one
     _kill(run, chance)
+    return True
 
 
-def _tear(run: Run, chance: random.Random) -> None:
-    _damage(run, lambda data: data[: chance.randrange(max(1, len(data)))], chance)
+def _tear(run: Run, chance: random.Random) -> bool:
+    return _damage(run, lambda data: data[: chance.randrange(max(1, len(data)))], chance)
 
 
-def _flip(run: Run, chance: random.Random) -> None:
+def _flip(run: Run, chance: random.Random) -> bool:
     def flipped(data: bytearray) -> bytearray:
         if data:
             data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         return data
 
-    _damage(run, flipped, chance)
+    return _damage(run, flipped, chance)
 
 
-def _fill(run: Run, chance: random.Random) -> None:
+def _fill(run: Run, chance: random.Random) -> bool:
     """No room for some seconds, saves among them."""
     ballast = run.folder.parent / "ballast"
     try:
@@ -148,9 +154,12 @@ def _fill(run: Run, chance: random.Random) -> None:
         pass
     time.sleep(chance.uniform(0.5, 4.0))
     ballast.unlink(missing_ok=True)
+    return True
 
 
-FAULTS: dict[str, tuple[int, Callable[[Run, random.Random], None]]] = {  # weight, what it does
+FAULTS: dict[
+    str, tuple[int, Callable[[Run, random.Random], bool]]
+] = {  # weight, and whether it struck
     "SIGKILL of a rank": (5, _kill),
     "SIGTERM or SIGUSR1 to a rank": (4, _terminate),
     "SIGSTOP of a rank": (2, _stop),
@@ -189,10 +198,10 @@ def disturb(run: Run, chance: random.Random, left: int, counts: Counter[str]) ->
         if run.process.poll() is None and left > 0 and run.state().get("state") != "finished":
             time.sleep(chance.uniform(0, 0.3))
             (kind,) = chance.choices(kinds, weights)
-            FAULTS[kind][1](run, chance)
-            counts[kind] += 1
-            left, idle = left - 1, 0
-            print(f"{sum(counts.values()):>4} {kind}, after {run.lines()} lines", flush=True)
+            if FAULTS[kind][1](run, chance):
+                counts[kind] += 1
+                left, idle = left - 1, 0
+                print(f"{sum(counts.values()):>4} {kind}, after {run.lines()} lines", flush=True)
         elif left <= 0 and run.process.poll() is None:
             run.process.wait(1800)
     if run.process is not None and run.process.poll() is None:

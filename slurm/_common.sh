@@ -124,7 +124,7 @@ say "step ended with $status, run ${state:-silent}"
 
 # A preempted job that ends before its grace time is over counts as ended for SLURM: nobody else would requeue it.
 [ "$state" != finished ] || exit "$status"
-[ "$state" != interrupted ] || requeue "interrupted, checkpoint saved"
+[ "$state" != interrupted ] || requeue "interrupted"
 # Asked while it prepared its data, it ends before there is anything to save.
 if [ -n "$ASKED" ] || preempted; then requeue "ended with $status when asked to"; fi
 if [ "$status" != 0 ]; then

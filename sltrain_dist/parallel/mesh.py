@@ -10,8 +10,11 @@ Ranks stand on three axes, tensor parallel innermost, so that its ranks share a 
 ``replicate`` x ``shard`` together are data parallelism, ``dp``: every rank of it has other samples.
 """
 
+import json
 import os
 import socket
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,10 +28,11 @@ from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
-from sltrain_dist.utils.errors import UserError
+from sltrain_dist.utils.errors import FaultError, UserError
 
 TP_AXIS, REPLICATE_AXIS, SHARD_AXIS, DP_AXIS = "tp", "replicate", "shard", "dp"
 _FAKE = "fake"  # torch's name of the process group without processes
+_LOOK = 0.1  # seconds between two looks into a store
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -188,9 +192,49 @@ def _meet(rank: int, world_size: int, timeout: timedelta) -> Any:
         return dist.HashStore()  # type: ignore[attr-defined]
     meeting = dist.rendezvous("env://", rank, world_size, timeout=timeout)  # type: ignore[attr-defined]
     store, _, _ = next(meeting)
-    # A torchrun with a fixed address keeps its store over restarts, with the addresses of ranks that are dead.
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"restart-{restart}", store)  # type: ignore[attr-defined]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    return dist.PrefixStore(_agree(store, rank, world_size, timeout.total_seconds()), store)  # type: ignore[attr-defined]
+
+
+def _agree(store: Any, rank: int, world_size: int, seconds: float) -> str:
+    """A name for these very processes, in a store that torchrun's agents keep over restarts.
+
+    What ranks that are dead have left there, their addresses first of all, must not be met. The number of the
+    restart would not do: agents count their own. So rank 0 draws a name, the others sign under it, and it lists
+    who did; a rank that is not in the list has met the name of those before, and looks again.
+
+    Raises:
+        FaultError: some ranks never came.
+    """
+    own, until = uuid.uuid4().hex, time.monotonic() + seconds
+    if rank == 0:
+        store.set("processes", own)
+        missing = {f"{own}/{other}": other for other in range(1, world_size)}
+        signed = []
+        while missing:
+            for key in [key for key in missing if store.check([key])]:
+                signed.append(store.get(key).decode())
+                del missing[key]
+            if missing and time.monotonic() > until:
+                ranks = ", ".join(str(other) for other in list(missing.values())[:8])
+                raise FaultError(
+                    f"ranks never came within {seconds:g} s (--timeout): {ranks}", True
+                )
+            time.sleep(_LOOK if missing else 0)
+        store.set(f"{own}/all", json.dumps(signed))
+        return own
+    while time.monotonic() < until:
+        name = store.get("processes").decode() if store.check(["processes"]) else ""
+        if name:
+            store.set(f"{name}/{rank}", own)
+        while name and not store.check([f"{name}/all"]) and time.monotonic() < until:
+            time.sleep(_LOOK)
+            name = name if store.get("processes").decode() == name else ""
+        if name and store.check([f"{name}/all"]) and own in json.loads(store.get(f"{name}/all")):
+            return name
+        time.sleep(_LOOK)
+    raise FaultError(f"rank 0 never came within {seconds:g} s (--timeout)", rank == 1)
 
 
 def imagine(world_size: int, tensor_parallel: int = 1, replicate: int = 1) -> Mesh:

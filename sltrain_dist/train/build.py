@@ -277,6 +277,9 @@ def _resume(run: Run, found: Found) -> None:
     run.data.load_state(resumed.progress.data)
     if Path(found.folder).resolve().parent == run.records.folder.resolve():
         run.records.rewind(resumed.progress.metrics)
+        run.kept = run.step
+    else:  # its time was another run's
+        run.trained = 0.0
     for message in resumed.messages:
         say(run.mesh, message)
     say(run.mesh, f"continuing from {found.folder} at update {run.step}")

@@ -142,9 +142,9 @@ class Saver:
         self,
         mesh: Mesh,
         config: TrainConfig,
-        ended: Callable[[int, Saved], None] = lambda step, saved: None,
+        ended: Callable[[int, Saved, float], None] = lambda step, saved, seconds: None,
     ) -> None:
-        """``ended``: called with the step and the outcome of every save, in the training thread."""
+        """``ended``: called with step, outcome and seconds of every save, in the training thread."""
         self.mesh, self.config, self._told = mesh, config, ended
         self.stands = True  # whether the last save that ended is on the disk
         self.copies = HostCopies()
@@ -167,7 +167,9 @@ class Saver:
         staged = stage(engine, progress, self.config)
         if not self._asynchronous:
             folder, keep = Path(self.config.save_dir), self.config.keep_last
-            return lines + self._report(staged.step, store(staged, folder, keep, self.mesh))
+            began = time.perf_counter()
+            saved = store(staged, folder, keep, self.mesh)
+            return lines + self._report(staged.step, saved, time.perf_counter() - began)
         if not engine.copies_state:
             staged = dataclasses.replace(staged, tensors=self.copies.fill(staged.tensors))
         self._flight = _Flight(staged, self.config, self.mesh, self._group)
@@ -187,7 +189,7 @@ class Saver:
         flight, self._flight = self._flight, None
         if flight is None:
             return []
-        return self._report(flight.step, flight.result())
+        return self._report(flight.step, flight.result(), flight.seconds)
 
     def __enter__(self) -> "Saver":
         return self
@@ -209,9 +211,9 @@ class Saver:
                 dist.destroy_process_group(self._group)
                 self._group = None
 
-    def _report(self, step: int, saved: Saved) -> list[str]:
+    def _report(self, step: int, saved: Saved, seconds: float) -> list[str]:
         self.stands = saved.folder is not None
-        self._told(step, saved)
+        self._told(step, saved, seconds)
         lines = [f"warning: {warning}" for warning in saved.warnings]
         return [*lines, f"step {step}: saved {saved.folder}"] if self.stands else lines
 
@@ -223,7 +225,8 @@ class Saver:
         elif flight.error is not None:
             print(f"{unsaved}: {flight.error!r}", flush=True)
         elif self.mesh.is_first:
-            print("\n".join(self._report(flight.step, flight.result())), flush=True)
+            lines = self._report(flight.step, flight.result(), flight.seconds)
+            print("\n".join(lines), flush=True)
 
     def _decide(self, engine: Engine) -> list[str]:
         """Settle for the run whether saves are asynchronous; at most one line."""
@@ -255,6 +258,7 @@ class _Flight:
         self, staged: Staged, config: TrainConfig, mesh: Mesh, group: dist.ProcessGroup | None
     ) -> None:
         self.step = staged.step
+        self.seconds = 0.0  # from the copy to the end of writing
         self.error: BaseException | None = None
         self._saved: Saved | None = None
         self._thread = threading.Thread(
@@ -282,6 +286,7 @@ class _Flight:
     def _run(
         self, staged: Staged, config: TrainConfig, mesh: Mesh, group: dist.ProcessGroup | None
     ) -> None:
+        began = time.perf_counter()
         try:
             if mesh.device.type == "cuda":  # a new thread begins on device 0
                 torch.cuda.set_device(mesh.device)
@@ -290,3 +295,5 @@ class _Flight:
                 self._saved = store(staged, Path(config.save_dir), config.keep_last, mesh, group)
         except BaseException as error:  # raised again by result(), in the training thread
             self.error = error
+        finally:
+            self.seconds = time.perf_counter() - began

@@ -44,7 +44,10 @@ def finish(run: Run, rates: list[float]) -> dict[str, Any]:
         "goodput": run.journal.goodput(run.trained),
         "restarts": run.journal.restarts,
     }
-    run.records.summary(summary)
+    if (
+        rates or not run.records.summarised
+    ):  # else a run that had ended before: the figures of its training stand
+        run.records.summary(summary)
     problem = run.records.picture()
     run.tracker.close()
     say(run.mesh, f"\nsample:\n{text}\n")

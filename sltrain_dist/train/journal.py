@@ -130,7 +130,8 @@ class Journal:
         except OSError as error:
             if not self._failed:
                 name = error.filename or self._folder
-                print(f"warning: {name}: {error.strerror}; training goes on", file=sys.stderr)
+                with contextlib.suppress(OSError):
+                    print(f"warning: {name}: {error.strerror}; training goes on", file=sys.stderr)
             self._failed = True
 
 

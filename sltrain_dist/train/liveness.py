@@ -25,7 +25,14 @@ from sltrain_dist.utils.errors import FaultError
 
 _SHARE = 20  # of --timeout between two signs of life
 _SLOWEST = 2.0  # seconds between them at most
-_WORDS = ("gloo", "nccl", "connection", "timed out", "timeout", "store")  # of a collective's errors
+_WORDS = (
+    "gloo",
+    "nccl",
+    "connection",
+    "timed out",
+    "timeout",
+    "tcpstore",
+)  # of a collective's errors
 _GRACE = 10.0  # seconds
 FAULTS = "faults"
 _STORE_GONE = "rank 0, or the launcher that keeps the ranks' store, is gone"
@@ -42,6 +49,9 @@ class Liveness:
         self._store = group_store() if mesh.world_size > 1 else None
         self._ended = threading.Event()
         self._blamed: list[int] = []
+        # Under gloo a collective has its own time limit and its error is told better: this is for what has none.
+        # NCCL's watchdog ends the process without a word when that limit is reached: be there before it.
+        self._patience = 0.8 * timeout if mesh.device.type == "cuda" else 1.5 * timeout + _GRACE
         self._ancestors = _launchers()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last sign, and when it was new
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
@@ -125,10 +135,9 @@ class Liveness:
             count += 1
             self._sign(count)
             waiting = time.monotonic() - self._moved
-            if waiting > self._timeout and self._look():
+            if waiting > self._timeout / 4 and self._look():
                 still = self._still(self._timeout / 2)
-                # A collective has its own time limit, and its error is told better: this is for what has none.
-                if still and waiting > 1.5 * self._timeout + _GRACE:
+                if still and waiting > self._patience:
                     self._end(still)
 
     def _sign(self, count: int) -> None:
@@ -173,20 +182,19 @@ class Liveness:
                     file.writelines((*traceback.format_exception(error), "\n"))
                     file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            record = _flight_record()
+            record = _flight_record(self._mesh.device.type)
             if record:
                 (folder / f"rank-{self._mesh.rank:05d}-collectives.json").write_bytes(record)
         except OSError:
             pass  # it is being ended for another reason, which is said
 
 
-def _flight_record() -> bytes:
+def _flight_record(device: str) -> bytes:
     """Torch's flight recorder, as JSON; empty where this torch has none for the back end."""
     from torch._C import _distributed_c10d as c10d
 
-    dump = getattr(c10d, "_dump_fr_trace_json", None) or getattr(
-        c10d, "_dump_nccl_trace_json", None
-    )
+    names = {"cuda": "_dump_nccl_trace_json", "cpu": "_dump_fr_trace_json"}  # NCCL's and gloo's
+    dump = getattr(c10d, names[device], None)
     try:
         record: bytes | str = dump() if dump is not None else b""
     except RuntimeError:

@@ -17,19 +17,19 @@ from tqdm import tqdm
 
 from sltrain_dist.data.samples import Batch
 from sltrain_dist.optim.schedule import learning_rate
-from sltrain_dist.parallel.mesh import gather_numbers, gather_objects
+from sltrain_dist.parallel.mesh import gather_numbers, gather_patiently
 from sltrain_dist.train.checkpoint import find, load
 from sltrain_dist.train.evaluate import evaluate, perplexity
 from sltrain_dist.train.finish import finish
 from sltrain_dist.train.liveness import Liveness
 from sltrain_dist.train.run import Run, signal_number
-from sltrain_dist.train.saves import Saves, describe
+from sltrain_dist.train.saves import FINAL_TRIES, LAST_WORDS, Saves, describe
 from sltrain_dist.train.summary import human_bytes, own_peak, say, throughput
 from sltrain_dist.train.timing import Stopwatch, Wire, listening, slowest
 from sltrain_dist.train.trace import Trace
 from sltrain_dist.train.update import update
 from sltrain_dist.utils.errors import UserError
-from sltrain_dist.utils.interrupt import InterruptError, signal_name
+from sltrain_dist.utils.interrupt import InterruptError, ignore, signal_name
 
 _ASK_EVERY = 8  # batches of an evaluation between two questions whether to end
 
@@ -59,25 +59,25 @@ def train(run: Run) -> dict[str, Any]:
     steps = config.optimizer.total_steps
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.journal.telling(lambda: run.step))
-        parts = Parts(
-            stack.enter_context(Saves(run)),
-            stack.enter_context(Liveness(mesh, folder, config.timeout)),
-            Trace(config.watch.profile, folder, mesh.rank),
-            Stopwatch(mesh.device),
-            stack.enter_context(_bar(run, steps)),
-            run.data.updates(run.position),
-        )
-        asked = run.asked()
-        while True:
-            _end_if(asked, run, parts)
-            if run.evaluation_due:
-                _evaluate(run, parts)
-            if parts.saves.due():
-                _save(run, parts)
-            if run.step >= steps:
-                break
-            asked = _step(run, parts)
-        _finish_saves(run, parts)
+        saves, bar = stack.enter_context(Saves(run)), stack.enter_context(_bar(run, steps))
+        with Liveness(mesh, folder, config.timeout) as liveness:
+            trace = Trace(config.watch.profile, folder, mesh.rank)
+            clock, updates = Stopwatch(mesh.device), run.data.updates(run.position)
+            parts = Parts(saves, liveness, trace, clock, bar, updates)
+            if _samples(run):
+                with listening(mesh.device):  # the profiler's first start may take seconds
+                    pass
+            asked = run.asked()
+            while True:
+                _end_if(asked, run, parts)
+                if run.evaluation_due:
+                    _evaluate(run, parts)
+                if saves.due():
+                    _save(run, parts)
+                if run.step >= steps:
+                    break
+                asked = _step(run, parts)
+            _finish_saves(run, parts)
         summary = finish(run, parts.rates)
         run.journal.event("finished", run.step)
         run.journal.beat("finished")
@@ -95,8 +95,10 @@ def _step(run: Run, parts: Parts) -> int:
     parts.liveness.at("training", run.step)
     refuses = run.losses.stands_out if config.watch.spike_action == "skip" else None
     every = config.watch.sample_every
-    sampled = mesh.world_size > 1 and every > 0 and (number - run.started_at) % every == min(2, every - 1)  # fmt: skip
-    sampled = not parts.trace.begin(number) and sampled
+    traced = parts.trace.begin(number)
+    sampled = (
+        _samples(run) and (number - run.started_at) % every == min(2, every - 1) and not traced
+    )
     with listening(mesh.device) if sampled else contextlib.nullcontext(Wire()) as wire:
         loss, tokens, norm = update(run, batches, lr, clock=parts.clock, refuses=refuses)
     phases = parts.clock.end()
@@ -107,7 +109,7 @@ def _step(run: Run, parts: Parts) -> int:
     seconds = time.perf_counter() - began
     if everyone[:, 2].all():
         parts.saves.plan()
-    run.count(tokens, seconds)
+    run.count(tokens, seconds if math.isfinite(norm) else 0.0)
     parts.rates.append(tokens / seconds)
     line = {
         "step": number, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_seen": run.tokens_seen,
@@ -127,6 +129,11 @@ def _step(run: Run, parts: Parts) -> int:
     _advance(parts.bar, line)
     _watch(run, parts, loss, norm, run.engine.skipped_blocks - blocks)
     return int(everyone[:, 1].max())
+
+
+def _samples(run: Run) -> bool:
+    """Whether what collectives take is sampled now and then."""
+    return run.mesh.world_size > 1 and run.config.watch.sample_every > 0
 
 
 def _waits(run: Run, waited: Tensor, seconds: float) -> dict[str, Any]:
@@ -180,7 +187,7 @@ def _rewind(run: Run, parts: Parts) -> None:
     mend = "continue from a checkpoint with a lower --lr or with --grad_clipping 1"
     if run.rewinds >= config.watch.max_rewinds:
         raise UserError(f"{trouble}, after going back {run.rewinds} times (--max_rewinds); {mend}")
-    parts.saves.finish(patient=False)
+    parts.saves.finish()
     found = find("auto", run.records.folder, run.mesh)
     if found.folder is None:
         raise UserError(f"{trouble}, and there is no checkpoint to go back to; {mend}")
@@ -188,28 +195,31 @@ def _rewind(run: Run, parts: Parts) -> None:
     run.rewinds += 1
     run.take(resumed.progress, position=run.position)
     run.records.rewind(resumed.progress.metrics)
-    parts.saves.begun = parts.bar.n = run.step
+    run.skipped, parts.bar.n = 0, run.step
     run.journal.event("rewind", run.step, to=run.step, reason=trouble, position=run.position)
     say(
         run.mesh,
         f"warning: {trouble}: back to {found.folder.name}, on with batch {run.position + 1}",
     )
+    _save(
+        run, parts
+    )  # once more, with this position: a restart must not meet the bad batches again
 
 
 def _end_if(asked: int, run: Run, parts: Parts) -> None:
     """Save and raise InterruptError, where a signal has asked for it."""
     if not asked:
         return
-    if run.step != parts.saves.begun or not parts.saves.stands:
+    if run.step and (run.step != parts.saves.begun or not parts.saves.stands):
         _save(run, parts)
-    parts.saves.finish(patient=False)
+    parts.saves.finish(LAST_WORDS)
     name = signal_name(asked)
-    run.journal.event("interrupted", run.step, signal=name)
+    run.journal.event("interrupted", run.step, signal=name, saved=parts.saves.stands)
     run.journal.beat("interrupted")
     run.tracker.close()
-    gather_objects(
-        run.mesh, None
-    )  # launchers end all ranks when one ends: the first writes until here
+    # Launchers end all ranks when one ends, and their signal is no second request: the first has written all.
+    gather_patiently(run.mesh, None)
+    ignore()
     kept = describe(run.step, parts.saves, run.records.folder)
     raise InterruptError(
         f"{name} after update {run.step}: {kept}; continue with --continue_from auto"
@@ -223,6 +233,7 @@ def _evaluate(run: Run, parts: Parts) -> None:
 
     def between(batch: int) -> None:
         parts.liveness.at("evaluation", step)
+        run.journal.beat()
         if batch % _ASK_EVERY == 0:
             _end_if(run.asked(), run, parts)
 
@@ -250,8 +261,9 @@ def _finish_saves(run: Run, parts: Parts) -> None:
     Raises:
         UserError: it could not be saved.
     """
-    parts.saves.finish()
+    parts.saves.finish(FINAL_TRIES)
     if not parts.saves.stands:
+        _end_if(run.asked(), run, parts)
         raise UserError(
             f"--save_dir {run.config.save_dir}: the final checkpoint could not be saved (see above); make room and "
             "continue with --continue_from auto"

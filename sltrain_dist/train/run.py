@@ -40,7 +40,8 @@ class Run:
     position: int = 0  # batches of the data read: ``step``, and more after going back past bad ones
     started_at: int = 0  # step of this segment's start
     trained: float = 0.0  # seconds of the updates that count, over all segments
-    rewinds: int = 0  # times that this segment went back to a checkpoint
+    rewinds: int = 0  # times that the run went back to a checkpoint
+    kept: int = -1  # step of the checkpoint in its own folder that it stands on
     evaluated: tuple[float, int] | None = None  # held-out (loss, tokens) of this very step
     missed: bool = False  # an evaluation was due when the run was interrupted
     began: float = field(
@@ -75,6 +76,8 @@ class Run:
             "seconds": self.seconds(),
             "trained": self.trained,
             "losses": self.losses.state(),
+            "skipped": self.skipped,
+            "rewinds": self.rewinds,
             "evaluated": self.evaluated,
             "missed": self.evaluation_due,
         }
@@ -84,7 +87,8 @@ class Run:
         """Stand where ``progress`` says; ``position``: but read on from this batch."""
         metrics = progress.metrics
         self.step, self.tokens_seen = progress.step, progress.tokens_seen
-        self.started_at, self.skipped = self.step, 0
+        self.started_at, self.skipped = self.step, int(metrics.get("skipped", 0))
+        self.rewinds = max(self.rewinds, int(metrics.get("rewinds", 0)))
         self.trained = float(metrics.get("trained", metrics.get("seconds", 0.0)))
         self.losses.load_state(metrics.get("losses", []))
         evaluated = metrics.get("evaluated")

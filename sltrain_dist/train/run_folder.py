@@ -215,13 +215,21 @@ class Records:
     def summary(self, summary: dict[str, Any]) -> None:
         self._write(SUMMARY, json.dumps(_finite(summary), indent=2) + "\n")
 
+    @property
+    def summarised(self) -> bool:
+        """Whether the folder has a summary."""
+        return (self.folder / SUMMARY).exists()
+
     def sample(self, text: str) -> None:
         self._write("sample.txt", text + "\n")
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint stores so that the metrics file continues without gap or repetition."""
         path = self.folder / METRICS
-        return {"bytes": path.stat().st_size if path.exists() else 0}
+        try:
+            return {"bytes": path.stat().st_size}
+        except OSError:
+            return {"bytes": 0}
 
     def rewind(self, position: dict[str, Any]) -> None:
         """Cut off lines written after the checkpoint that is resumed; a torn last line goes with them.
@@ -230,8 +238,7 @@ class Records:
         """
         path = self.folder / METRICS
         if self._active and path.exists() and path.stat().st_size > position.get("bytes", 0):
-            with open(path, "r+b") as file:
-                file.truncate(position.get("bytes", 0))
+            self._try(METRICS, lambda: os.truncate(path, position.get("bytes", 0)))
 
     def picture(self) -> str | None:
         """Draw loss.png from metrics.jsonl; returns why not, where it could not be drawn."""

@@ -16,7 +16,8 @@ from sltrain_dist.train.summary import say
 _FIRST_RETRY = (
     10  # updates until a save that failed is tried again; each failure in a row doubles it
 )
-_FINAL_TRIES = 20  # of the last save, spread over --timeout
+FINAL_TRIES = 20  # of the last save, spread over --timeout
+LAST_WORDS = 2  # tries more that an interrupted run makes: it may be killed soon
 
 
 class Saves:
@@ -27,8 +28,7 @@ class Saves:
         self._saver = Saver(run.mesh, run.config, self._ended)
         self._retry_at: int | None = None  # a save failed: try again after this update
         self._failures = 0  # in a row
-        self._began = 0.0
-        self.begun = run.step  # step of the last save; what was continued from is one
+        self.begun = run.kept  # step of the last save in the run's folder, -1: none
         self.unplanned = False  # a save failed, and no rank has planned another yet
         self.seconds = 0.0  # that the training stood still for saves since these were last taken
 
@@ -40,18 +40,20 @@ class Saves:
     def due(self) -> bool:
         """Whether to save now."""
         run, every = self._run, self._run.config.save_every
-        if run.step == self.begun and self._retry_at is None:
+        if not run.step or (run.step == self.begun and self._retry_at is None):
             return False
         last = run.step == run.config.optimizer.total_steps
         retry = self._retry_at is not None and run.step >= self._retry_at
-        return last or retry or bool(every and run.step % every == 0)
+        # Not in a row of skipped updates: going back to such a checkpoint would lead nowhere.
+        regular = every and run.step % every == 0 and not run.skipped
+        return last or retry or bool(regular)
 
     def save(self) -> None:
         """Save a checkpoint of this moment, or begin to."""
-        run, self._began = self._run, time.perf_counter()
+        run, began = self._run, time.perf_counter()
         self.begun, self._retry_at = run.step, None
         self._say(self._saver.save(run.engine, run.progress()))
-        self.seconds += time.perf_counter() - self._began
+        self.seconds += time.perf_counter() - began
         if self.unplanned and not self._saver.flying:
             self.plan()
 
@@ -65,13 +67,17 @@ class Saves:
         self._failures += 1
         self.unplanned = False
 
-    def finish(self, patient: bool = True) -> None:
-        """Wait until the save in flight has ended; ``patient``: and try again for a while where it failed."""
+    def finish(self, tries: int = 0) -> None:
+        """Wait until the save in flight has ended, and where it failed try again so often, over --timeout at most.
+
+        A signal that comes meanwhile ends the trying.
+        """
+        before = self._run.asked()
         self._say(self._saver.wait())
-        tries = _FINAL_TRIES if patient else 0
-        while not self.stands and tries and not self._run.asked():
+        while not self.stands and tries and self._run.asked() == before:
             tries -= 1
-            time.sleep(self._run.config.timeout / _FINAL_TRIES)
+            time.sleep(self._run.config.timeout / FINAL_TRIES)
+            self._run.journal.beat()
             self.save()
             self._say(self._saver.wait())
 
@@ -87,12 +93,12 @@ class Saves:
     ) -> None:
         self._saver.__exit__(kind, error, traceback)
 
-    def _ended(self, step: int, saved: Saved) -> None:
+    def _ended(self, step: int, saved: Saved, seconds: float) -> None:
         """Called by the saver for every save that has ended."""
         journal, self.unplanned = self._run.journal, saved.folder is None
         if saved.folder is not None:
             self._failures = 0
-            journal.event("saved", step, folder=str(saved.folder), seconds=time.perf_counter() - self._began)  # fmt: skip
+            journal.event("saved", step, folder=str(saved.folder), seconds=seconds)  # fmt: skip
             journal.alarm("save", None)
             journal.beat(last_checkpoint=step)
         else:

@@ -36,7 +36,9 @@ class Trace:
 
     def end(self, update: int) -> None:
         """After an update; the last one asked for is followed by the files."""
-        if self._profile is None or self._updates is None or update < self._updates[1]:
+        if self._profile is None or self._updates is None:
+            return
+        if self._updates[0] <= update < self._updates[1]:  # one before them: the run went back
             return
         profile, self._profile = self._profile, None
         profile.stop()

@@ -19,8 +19,8 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 SAME_REQUEST = 5.0  # seconds
 
 
-class InterruptError(Exception):
-    """The run was asked to end, and everything worth keeping is saved."""
+class InterruptError(BaseException):
+    """The run was asked to end, and everything worth keeping is saved; no error that a reader of rows may catch."""
 
 
 class _Request:
@@ -97,11 +97,13 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _listen(reading: int) -> None:
     """Note every signal as it comes; the second request ends the process."""
+    heard = False  # a first one: it may be read late
     while True:
         number = os.read(reading, 1)[0]
         if number not in SIGNALS:
             continue
         request(signal.Signals(number).name)
-        if time.monotonic() - _request.since > SAME_REQUEST:
+        first, heard = not heard, True
+        if not first and time.monotonic() - _request.since > SAME_REQUEST:
             os.write(2, f"a second {signal.Signals(number).name}: ending at once\n".encode())
             os._exit(128 + number)

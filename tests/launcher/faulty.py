@@ -35,7 +35,7 @@ def meant(name, batch):
 
 def pause(place):
     folder = os.environ.get("FAULTY_FOLDER")
-    if folder and os.environ.get("FAULTY_PAUSE") == place:
+    if folder and place in os.environ.get("FAULTY_PAUSE", "").split():
         marker = Path(folder) / f"paused-{os.environ.get('RANK', '0')}"
         marker.touch()
         while marker.exists():

@@ -89,7 +89,7 @@ def test_a_later_second_signal_ends_at_once(inputs, tmp_path):
     process = start([FAULTY, *flags(inputs, run)], FAULTY_PAUSE="2", FAULTY_FOLDER=str(tmp_path))
     wait_until(pause_file(tmp_path).exists, process)
     process.send_signal(signal.SIGTERM)
-    time.sleep(SAME_REQUEST + 1)
+    time.sleep(SAME_REQUEST + 4)  # the first one may be heard late on a busy machine
     assert process.poll() is None, "the first signal lets the step finish"
     process.send_signal(signal.SIGTERM)
     code, output = end(process, 20)
