@@ -77,8 +77,15 @@ def train(run: Run) -> dict[str, Any]:
                 if run.step >= steps:
                     break
                 asked = _step(run, parts)
-            _finish_saves(run, parts)
+            saves.finish(FINAL_TRIES)
+            if not saves.stands:
+                _end_if(run.asked(), run, parts)
         summary = finish(run, parts.rates)
+        if not saves.stands:
+            raise UserError(
+                f"--save_dir {config.save_dir}: the final checkpoint could not be saved (see above); make room and"
+                " continue with --continue_from auto"
+            )
         run.journal.event("finished", run.step)
         run.journal.beat("finished")
     return summary
@@ -253,21 +260,6 @@ def _save(run: Run, parts: Parts) -> None:
     run.journal.beat("saving")
     parts.liveness.at("a save", run.step)
     parts.saves.save()
-
-
-def _finish_saves(run: Run, parts: Parts) -> None:
-    """The last checkpoint is on the disk.
-
-    Raises:
-        UserError: it could not be saved.
-    """
-    parts.saves.finish(FINAL_TRIES)
-    if not parts.saves.stands:
-        _end_if(run.asked(), run, parts)
-        raise UserError(
-            f"--save_dir {run.config.save_dir}: the final checkpoint could not be saved (see above); make room and "
-            "continue with --continue_from auto"
-        )
 
 
 def _record(run: Run, line: dict[str, Any]) -> None:

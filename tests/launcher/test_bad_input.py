@@ -139,7 +139,7 @@ def test_deepspeed_contradiction(inputs, tmp_path):
 
 def test_full_disk(inputs, tmp_path):
     """No checkpoint can be written: training goes on to its end, says so, and exits with an error."""
-    line = flags(inputs, tmp_path / "run", num_training_steps=4, save_every=2)
+    line = flags(inputs, tmp_path / "run", num_training_steps=4, save_every=2, timeout=6)
     limited = f"ulimit -f 300; exec {sys.executable} launcher/pretrain.py {' '.join(line)}"
     done = launch(["bash", "-c", limited])
     assert done.returncode == 2, done.stdout + done.stderr
