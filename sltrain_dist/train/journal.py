@@ -44,14 +44,32 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-class Journal:
-    """Writes events and heartbeats; on ranks other than the first every call does nothing."""
+class Tolerant:
+    """Writes that never end a run: on ranks other than the first nothing is done, and what fails is said once."""
+
+    def __init__(self, folder: Path, active: bool) -> None:
+        self.folder, self._active, self._failed = folder, active, False
+
+    def _try(self, name: str, write: Callable[[], object]) -> None:
+        if not self._active:
+            return
+        try:
+            write()
+        except OSError as error:
+            if not self._failed:
+                with contextlib.suppress(OSError):  # nobody reads any more
+                    text = f"warning: {self.folder / name}: {error.strerror}; training goes on"
+                    print(text, file=sys.stderr)
+            self._failed = True
+
+
+class Journal(Tolerant):
+    """Writes events and heartbeats."""
 
     def __init__(self, folder: Path, active: bool, prometheus: str | None = None) -> None:
-        self._folder, self._active = folder, active
+        super().__init__(folder, active)
         self._prometheus = Path(prometheus) if prometheus else None
         self._next = 0.0  # time.monotonic() before which no heartbeat is due
-        self._failed = False
         self._alarms: dict[str, str] = {}
         earlier = read_events(folder) if active else []
         starts = [event for event in earlier if event.get("event") == "start"]
@@ -75,9 +93,9 @@ class Journal:
     def event(self, event: str, step: int, **fields: Any) -> None:
         """Append an event; numbers that JSON has no name for become null."""
         line = json.dumps(
-            _finite({"time": round(time.time(), 3), "event": event, "step": step, **fields})
+            finite({"time": round(time.time(), 3), "event": event, "step": step, **fields})
         )
-        self._try(lambda: _append(self._folder / EVENTS, line + "\n"))
+        self._try(EVENTS, lambda: _append(self.folder / EVENTS, line + "\n"))
 
     def alarm(self, kind: str, text: str | None) -> None:
         """Raise an alarm that stays in the heartbeat, or take it back (None)."""
@@ -114,25 +132,15 @@ class Journal:
         began = time.monotonic()
         document = {"time": round(time.time(), 3), **self._values}
         document["alarms"] = list(self._alarms.values())
-        text = json.dumps(_finite(document)) + "\n"
-        self._try(lambda: _replace(self._folder / HEARTBEAT, text))
+        text = json.dumps(finite(document)) + "\n"
+        self._try(HEARTBEAT, lambda: _replace(self.folder / HEARTBEAT, text))
         target = self._prometheus
         if target is not None:
-            self._try(lambda: _replace(target, prometheus_text(document, self._folder.name)))
+            self._try(
+                str(target), lambda: _replace(target, prometheus_text(document, self.folder.name))
+            )
         ended = time.monotonic()
         self._next = ended + max(_INTERVAL, _PATIENCE * (ended - began))
-
-    def _try(self, write: Callable[[], None]) -> None:
-        if not self._active:
-            return
-        try:
-            write()
-        except OSError as error:
-            if not self._failed:
-                name = error.filename or self._folder
-                with contextlib.suppress(OSError):
-                    print(f"warning: {name}: {error.strerror}; training goes on", file=sys.stderr)
-            self._failed = True
 
 
 def prometheus_text(document: dict[str, Any], run: str) -> str:
@@ -190,7 +198,8 @@ def _replace(path: Path, text: str) -> None:
             file.write(text.encode().ljust(path.stat().st_size))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value, or the values of a dictionary, with NaN and infinities, for which JSON has no name, as None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

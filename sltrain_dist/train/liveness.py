@@ -93,10 +93,12 @@ class Liveness:
 
     def blame(self) -> str | None:
         """The ranks that stand still, in words; None where nobody stands out. Takes a few seconds of watching."""
-        if self._store is None or not self._look():
-            return None if self._store is None else _STORE_GONE
+        if self._store is None:
+            return None
+        found = self._look()
         time.sleep(2.5 * self._period)
-        if not self._look():
+        if not found or not self._look():
+            self._blamed = [0]  # so that another rank speaks
             return _STORE_GONE
         self._blamed = still = self._still(2.0 * self._period)
         if still:

@@ -59,7 +59,9 @@ def train(run: Run) -> dict[str, Any]:
     steps = config.optimizer.total_steps
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.journal.telling(lambda: run.step))
-        saves, bar = stack.enter_context(Saves(run)), stack.enter_context(_bar(run, steps))
+        saves = Saves(run)
+        stack.enter_context(saves.saver)
+        bar = stack.enter_context(_bar(run, steps))
         with Liveness(mesh, folder, config.timeout) as liveness:
             trace = Trace(config.watch.profile, folder, mesh.rank)
             clock, updates = Stopwatch(mesh.device), run.data.updates(run.position)

@@ -16,16 +16,15 @@ import json
 import math
 import os
 import socket
-import sys
 import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sltrain_dist.config import TrainConfig
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.train.checkpoint_identity import check_configuration
+from sltrain_dist.train.journal import Tolerant, finite
 from sltrain_dist.utils.errors import UserError
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
@@ -157,13 +156,11 @@ def lock_folder(folder: Path) -> object:
     return lock
 
 
-class Records:
-    """Writes the records of a run; on ranks other than the first every call does nothing."""
+class Records(Tolerant):
+    """Writes the records of a run."""
 
     def __init__(self, folder: Path, active: bool) -> None:
-        self.folder = folder
-        self._active = active
-        self._failed = False
+        super().__init__(folder, active)
         self._torn = False  # half a line stands at the end of the metrics and could not be cut off
 
     def _write(self, name: str, text: str, append: bool = False) -> None:
@@ -172,19 +169,6 @@ class Records:
             self._try(name, lambda: self._append(path, text))
         else:
             self._try(name, lambda: path.write_text(text, encoding="utf-8"))
-
-    def _try(self, name: str, write: Callable[[], object]) -> None:
-        if not self._active:
-            return
-        try:
-            write()
-        except OSError as error:
-            if not self._failed:
-                print(
-                    f"warning: {self.folder / name}: {error.strerror}; training goes on",
-                    file=sys.stderr,
-                )
-            self._failed = True
 
     def _append(self, path: Path, line: str) -> None:
         """Add the whole line or, where the disk refuses, nothing; raises OSError."""
@@ -210,10 +194,10 @@ class Records:
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Append one line; numbers that JSON has no name for become null."""
-        self._write(METRICS, json.dumps(_finite(line)) + "\n", append=True)
+        self._write(METRICS, json.dumps(finite(line)) + "\n", append=True)
 
     def summary(self, summary: dict[str, Any]) -> None:
-        self._write(SUMMARY, json.dumps(_finite(summary), indent=2) + "\n")
+        self._write(SUMMARY, json.dumps(finite(summary), indent=2) + "\n")
 
     @property
     def summarised(self) -> bool:
@@ -262,14 +246,6 @@ def _lines(metrics: Path) -> list[dict[str, Any]]:
             if isinstance(line, dict):
                 lines.append(line)
     return lines
-
-
-def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    """The line with NaN and infinities, for which JSON has no name, as None."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in line.items()
-    }
 
 
 def _draw(metrics: Path, target: Path) -> None:

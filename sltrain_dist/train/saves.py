@@ -6,26 +6,23 @@ tried again after ten updates, then twenty, and so on. The last save of a run is
 
 import time
 from pathlib import Path
-from types import TracebackType
 
 from sltrain_dist.train.checkpoint_async import Saver
 from sltrain_dist.train.checkpoint_write import Saved
 from sltrain_dist.train.run import Run
 from sltrain_dist.train.summary import say
 
-_FIRST_RETRY = (
-    10  # updates until a save that failed is tried again; each failure in a row doubles it
-)
+_FIRST_RETRY = 10  # updates until a failed save is tried again; each failure in a row doubles it
 FINAL_TRIES = 20  # of the last save, spread over --timeout
 LAST_WORDS = 2  # tries more that an interrupted run makes: it may be killed soon
 
 
 class Saves:
-    """The saves of a run. All methods but `poll` are collective."""
+    """The saves of a run; ``saver``, which carries them out, is a context. All methods but `poll` are collective."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._saver = Saver(run.mesh, run.config, self._ended)
+        self.saver = Saver(run.mesh, run.config, self._ended)
         self._retry_at: int | None = None  # a save failed: try again after this update
         self._failures = 0  # in a row
         self.begun = run.kept  # step of the last save in the run's folder, -1: none
@@ -35,7 +32,7 @@ class Saves:
     @property
     def stands(self) -> bool:
         """Whether the last save that ended is on the disk."""
-        return self._saver.stands
+        return self.saver.stands
 
     def due(self) -> bool:
         """Whether to save now."""
@@ -52,14 +49,14 @@ class Saves:
         """Save a checkpoint of this moment, or begin to."""
         run, began = self._run, time.perf_counter()
         self.begun, self._retry_at = run.step, None
-        self._say(self._saver.save(run.engine, run.progress()))
+        self._say(self.saver.save(run.engine, run.progress()))
         self.seconds += time.perf_counter() - began
-        if self.unplanned and not self._saver.flying:
+        if self.unplanned and not self.saver.flying:
             self.plan()
 
     def poll(self) -> None:
         """Take note of a save that has ended since; not collective."""
-        self._say(self._saver.poll())
+        self._say(self.saver.poll())
 
     def plan(self) -> None:
         """All ranks know that a save failed: settle when the next one is tried."""
@@ -73,32 +70,20 @@ class Saves:
         A signal that comes meanwhile ends the trying.
         """
         before = self._run.asked()
-        self._say(self._saver.wait())
+        self._say(self.saver.wait())
         while not self.stands and tries and self._run.asked() == before:
             tries -= 1
             time.sleep(self._run.config.timeout / FINAL_TRIES)
             self._run.journal.beat()
             self.save()
-            self._say(self._saver.wait())
-
-    def __enter__(self) -> "Saves":
-        self._saver.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._saver.__exit__(kind, error, traceback)
+            self._say(self.saver.wait())
 
     def _ended(self, step: int, saved: Saved, seconds: float) -> None:
         """Called by the saver for every save that has ended."""
         journal, self.unplanned = self._run.journal, saved.folder is None
         if saved.folder is not None:
             self._failures = 0
-            journal.event("saved", step, folder=str(saved.folder), seconds=seconds)  # fmt: skip
+            journal.event("saved", step, folder=str(saved.folder), seconds=seconds)
             journal.alarm("save", None)
             journal.beat(last_checkpoint=step)
         else:

@@ -50,11 +50,6 @@ def request(name: str) -> None:
         _request.name, _request.since = name, time.monotonic()
 
 
-def forget() -> None:
-    """Take a request back: for processes that train more than once (tests)."""
-    _request.name = None
-
-
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Inside, a request raises `InterruptError` in the main thread: for long work that leaves nothing half done."""
@@ -81,7 +76,7 @@ def install() -> None:
 
 
 def ignore() -> None:
-    """In a helper process (a loader's worker): it goes on until its parent has finished the step."""
+    """Hear no signal any more: a loader's worker goes on until its parent has finished the step, and a rank that has saved ends."""
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
