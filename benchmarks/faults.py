@@ -1,14 +1,16 @@
-"""A fault campaign: one run after another is killed, stopped, starved and lied to at random, and must end on its curve.
+"""A fault campaign: one run after another is killed, stopped, starved, cut off and lied to, and must end on its curve.
 
-    python benchmarks/faults.py [--faults 200] [--seed 0] [--out benchmarks/results/faults_cpu.json]
+    python benchmarks/faults.py [--faults 200] [--seed 0] [--fleets fsdp hosts] [--out benchmarks/results/faults_cpu.json]
 
-A run of two ranks trains a tiny model under torchrun with restarts. At random moments, drawn from the seed, one of the
-faults in FAULTS is injected; where the launcher itself gives up (no restarts left, an interruption), it is started again
-with the same command, as a job that is requeued would be. A run counts as lost where that does not end with the last
-update; its losses must then equal those of the run that nobody disturbed, bit for bit (a difference is a silent
-divergence). Prints a table of faults by kind: injected, survived, and what the run itself reported.
+Two ranks train a tiny model, in turns under each launcher of FLEETS. At random moments, drawn from the seed, one of the
+faults in FAULTS strikes, and every fortieth batch has a loss that is not a number. Where a launcher gives up (no
+restarts left, an interruption), the others of the run are ended and all are started again with the same command, as
+SLURM does with a job that is requeued. A run is lost where nothing moves for STUCK seconds, or it does not end after
+six starts without a fault. Its losses must equal those of the run that nobody disturbed, bit for bit: a difference is a
+silent divergence. Prints a table of faults by kind and launcher, and what the runs reported themselves.
 
-Disks are file systems in memory, so this needs root; kinds that this machine cannot inject are skipped with a reason.
+Hosts are network namespaces joined by a virtual cable, disks are file systems in memory: both need root. Kinds that this
+machine cannot inject are left out with a reason.
 """
 
 import argparse
@@ -22,97 +24,207 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from measure import ROOT, table, write
 
-from tests.launcher import tiny  # noqa: E402
-from tests.launcher.processes import FAULTY, rank_process, torchrun  # noqa: E402
+sys.path.insert(0, str(ROOT))
+
+from sltrain_dist.parallel.mesh import free_port
+from tests.launcher import tiny
+from tests.launcher.processes import FAULTY
 
 UPDATES = 240  # of a run
 TIMEOUT = 6.0  # seconds a collective may take
-RANKS = 2
+STUCK = 240.0  # seconds without an update after which a run counts as lost
+GRACE = 40.0  # seconds that ranks have to end after their launcher
 BAD = "5%40"  # batches whose losses are not finite: number 5 of every 40
+FLAGS = {
+    "num_training_steps": UPDATES, "save_every": 5, "eval_every": 0, "timeout": TIMEOUT, "continue_from": "auto",
+    "max_skips": 10, "total_batch_size": 4,
+}  # fmt: skip
+ELASTIC = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=3"]
+
+
+def torchrun(line: list[str]) -> list[list[str]]:
+    """One host, two ranks; restarts by torchrun."""
+    return [[*ELASTIC, "--nproc-per-node=2", f"--master-port={free_port()}", FAULTY, *line]]
+
+
+def deepspeed(line: list[str]) -> list[list[str]]:
+    """One host, two ranks; no restarts."""
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    port = str(free_port())
+    return [[launcher, "--num_gpus", "2", "--master_port", port, FAULTY, *line]]
+
+
+def two_hosts(line: list[str]) -> list[list[str]]:
+    """A torchrun with one rank on each of two hosts, as slurm/_common.sh starts them."""
+    return [
+        [
+            *("ip", "netns", "exec", host(number), *ELASTIC, "--nnodes=2", "--nproc-per-node=1"),
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={address(0)}:29400", "--rdzv-id=faults"),
+            f"--rdzv-conf=is_host={'false' if number else 'true'},read_timeout=60",
+            f"--local-addr={address(number)}",
+            *(FAULTY, *line),
+        ]
+        for number in range(2)
+    ]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A way to launch a run of two ranks."""
+
+    commands: Callable[[list[str]], list[list[str]]]
+    flags: dict[str, Any] = field(default_factory=dict)
+    hosts: int = 1
+
+
+FLEETS = {
+    "torchrun, FSDP": Fleet(torchrun, {"engine": "fsdp"}),
+    "torchrun, FSDP, saves beside training": Fleet(torchrun, {"engine": "fsdp", "async_save": "yes"}),
+    "deepspeed, ZeRO-2": Fleet(deepspeed, {"ds_config": "ds_configs/zero2.json"}),
+    "two hosts, FSDP": Fleet(two_hosts, {"engine": "fsdp"}, hosts=2),
+}  # fmt: skip
 
 
 @dataclass
 class Run:
     """A run under fire."""
 
+    fleet: Fleet
     folder: Path
     inputs: Path
     log: Path
-    process: subprocess.Popen[bytes] | None = None
-
-    def command(self) -> list[str]:
-        """What a user would start."""
-        settings = {
-            "num_training_steps": UPDATES, "save_every": 5, "eval_every": 0, "timeout": TIMEOUT,
-            "continue_from": "auto", "max_skips": 10, "watch_every": 0, "total_batch_size": 4,
-        }  # fmt: skip
-        line = tiny.flags(self.inputs, self.folder, **settings)
-        return torchrun(RANKS, "--max_restarts=3", FAULTY, *line)
+    launchers: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+    starts: int = 0
+    orphans: int = 0  # ranks that outlived their launcher for longer than GRACE
 
     def start(self) -> None:
         """Start it, or start it again."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULTY_NAN": BAD}
+        binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULTY_NAN": BAD, "PATH": binaries}
+        line = tiny.flags(self.inputs, self.folder, **FLAGS | self.fleet.flags)
+        self.starts += 1
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *self.command()], cwd=REPOSITORY, env=environment, stdout=log, stderr=log
-            )  # fmt: skip
+            log.write(f"== start {self.starts}\n".encode())
+            log.flush()
+            for number, command in enumerate(self.fleet.commands(line)):
+                # gloo looks for the address of the host's name, which hosts like these have none for
+                cable = {"GLOO_SOCKET_IFNAME": f"cable{number}"} if self.fleet.hosts > 1 else {}
+                self.launchers.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment | cable, stdout=log, stderr=log)
+                )  # fmt: skip
 
-    def state(self) -> dict[str, object]:
-        """Its heartbeat."""
+    def runs(self) -> bool:
+        """Whether it runs; where one launcher has ended all are ended, as by srun --kill-on-bad-exit."""
+        if self.launchers and all(launcher.poll() is None for launcher in self.launchers):
+            return True
+        if self.launchers:
+            if any(launcher.poll() for launcher in self.launchers):
+                self._end(signal.SIGTERM)
+            self._wait(GRACE)
+            self._end(signal.SIGKILL)
+            until = time.monotonic() + GRACE
+            while self.ranks() and time.monotonic() < until:
+                time.sleep(0.2)
+            for process in self.ranks().values():
+                self.orphans += not _stopped(process)
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        self.launchers = []
+        return False
+
+    def _end(self, number: int) -> None:
+        for launcher in self.launchers:
+            if launcher.poll() is None:
+                launcher.send_signal(number)
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while any(x.poll() is None for x in self.launchers) and time.monotonic() < until:
+            time.sleep(0.1)
+
+    def ranks(self) -> dict[int, int]:
+        """Processes by rank."""
+        found = {}
+        for process in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+                given = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if str(self.folder).encode() in words:
+                for variable in given:
+                    if variable.startswith(b"RANK="):
+                        found[int(variable[5:])] = int(process)
+        return found
+
+    def signal(self, rank: int, number: int) -> bool:
+        """Send a signal to a rank; False where it is not there just now."""
         try:
-            document: dict[str, object] = json.loads((self.folder / "heartbeat.json").read_text())
+            os.kill(self.ranks()[rank], number)
+        except (KeyError, ProcessLookupError):
+            time.sleep(0.2)
+            return False
+        return True
+
+    def finished(self) -> bool:
+        """Whether its heartbeat says that it has trained to the end."""
+        try:
+            return bool(json.loads((self.folder / "heartbeat.json").read_text())["state"] == "finished")  # fmt: skip
         except (OSError, ValueError):
-            return {}
-        return document
+            return False
 
     def lines(self) -> int:
         """Lines of metrics written."""
         path = self.folder / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    def losses(self) -> dict[int, float]:
-        """By update, none twice."""
+    def losses(self) -> dict[int, str]:
+        """By update, none twice; as text, because a loss that is not a number does not equal itself."""
         lines = [line for line in tiny.metrics(self.folder) if "loss" in line]
         assert len({line["step"] for line in lines}) == len(lines), "an update stands twice"
-        return tiny.losses(self.folder)
+        return {line["step"]: repr(line["loss"]) for line in lines}
 
     def newest(self) -> Path | None:
         """The newest checkpoint."""
         found = sorted(self.folder.glob("step_*[0-9]"), key=lambda path: int(path.name[5:]))
         return found[-1] if found else None
 
-    def signal(self, rank: int, number: int) -> bool:
-        """Send a signal to a rank; False where it is not there just now."""
-        try:
-            os.kill(rank_process(rank, self.folder), number)
-        except (AssertionError, ProcessLookupError):
-            time.sleep(0.2)
-            return False
+    def lost(self, why: str) -> SystemExit:
+        """What ends the campaign."""
+        text = self.log.read_text(errors="replace")
+        return SystemExit(f"lost: {self.folder.name}: {why}\n{text[-12000:]}")
+
+
+def _stopped(process: int) -> bool:
+    """Whether a process is stopped, or gone by now."""
+    try:
+        return "State:\tT" in Path(f"/proc/{process}/status").read_text()
+    except OSError:
         return True
 
 
 def _kill(run: Run, chance: random.Random) -> bool:
-    return run.signal(chance.randrange(RANKS), signal.SIGKILL)
+    return run.signal(chance.randrange(2), signal.SIGKILL)
 
 
 def _terminate(run: Run, chance: random.Random) -> bool:
-    return run.signal(chance.randrange(RANKS), chance.choice([signal.SIGTERM, signal.SIGUSR1]))
+    return run.signal(chance.randrange(2), chance.choice([signal.SIGTERM, signal.SIGUSR1]))
 
 
 def _stop(run: Run, chance: random.Random) -> bool:
-    return run.signal(chance.randrange(RANKS), signal.SIGSTOP)
+    return run.signal(chance.randrange(2), signal.SIGSTOP)
 
 
 def _launcher(run: Run, chance: random.Random) -> bool:
-    assert run.process is not None
-    run.process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
+    chance.choice(run.launchers).send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
     return True
 
 
@@ -121,7 +233,7 @@ def _damage(run: Run, change: Callable[[bytearray], bytearray], chance: random.R
     folder = run.newest()
     try:
         assert folder is not None
-        path = chance.choice(sorted(folder.iterdir()))
+        path = chance.choice(sorted(path for path in folder.iterdir() if path.stat().st_size))
         path.write_bytes(change(bytearray(path.read_bytes())))
     except (AssertionError, OSError, IndexError):
         return False  # none yet, or just then replaced by a newer one
@@ -130,13 +242,12 @@ def _damage(run: Run, change: Callable[[bytearray], bytearray], chance: random.R
 
 
 def _tear(run: Run, chance: random.Random) -> bool:
-    return _damage(run, lambda data: data[: chance.randrange(max(1, len(data)))], chance)
+    return _damage(run, lambda data: data[: chance.randrange(len(data))], chance)
 
 
 def _flip(run: Run, chance: random.Random) -> bool:
     def flipped(data: bytearray) -> bytearray:
-        if data:
-            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         return data
 
     return _damage(run, flipped, chance)
@@ -157,56 +268,114 @@ def _fill(run: Run, chance: random.Random) -> bool:
     return True
 
 
-FAULTS: dict[
-    str, tuple[int, Callable[[Run, random.Random], bool]]
-] = {  # weight, and whether it struck
-    "SIGKILL of a rank": (5, _kill),
-    "SIGTERM or SIGUSR1 to a rank": (4, _terminate),
-    "SIGSTOP of a rank": (2, _stop),
-    "SIGKILL or SIGTERM of the launcher": (2, _launcher),
-    "torn checkpoint file": (2, _tear),
-    "flipped bit in a checkpoint file": (2, _flip),
-    "full disk": (3, _fill),
+def _cut(run: Run, chance: random.Random) -> bool:
+    """The cable between the hosts pulled for some seconds: at one of its ends, whose packets then have nowhere to go."""
+    end = chance.randrange(2)
+    _ip("-n", host(end), "link", "set", f"cable{end}", "down")
+    time.sleep(chance.uniform(0.5, 3 * TIMEOUT))
+    _ip("-n", host(end), "link", "set", f"cable{end}", "up")
+    return True
+
+
+# How likely it is, how many hosts it takes, and what it does: true where it struck.
+FAULTS: dict[str, tuple[int, int, Callable[[Run, random.Random], bool]]] = {
+    "SIGKILL of a rank": (5, 1, _kill),
+    "SIGTERM or SIGUSR1 to a rank": (4, 1, _terminate),
+    "SIGSTOP of a rank": (2, 1, _stop),
+    "SIGKILL or SIGTERM of a launcher": (2, 1, _launcher),
+    "torn checkpoint file": (2, 1, _tear),
+    "flipped bit in a checkpoint file": (2, 1, _flip),
+    "full disk": (3, 1, _fill),
+    "network cut between two hosts": (6, 2, _cut),
 }
 
 
-def undisturbed(run: Run) -> dict[int, float]:
-    """The curve that nobody disturbs."""
+def host(number: int) -> str:
+    """The name of a network namespace."""
+    return f"faults{os.getpid()}-{number}"
+
+
+def address(number: int) -> str:
+    """Of a host, on the cable."""
+    return f"10.77.0.{number + 1}"
+
+
+def _ip(*arguments: str) -> bool:
+    return subprocess.run(["ip", *arguments], capture_output=True, check=False).returncode == 0
+
+
+@contextmanager
+def cable() -> Iterator[bool]:
+    """Two hosts and a cable between them; false where the machine grants none."""
+    made = all(_ip("netns", "add", host(number)) for number in range(2)) and _ip(
+        *("link", "add", "cable0", "netns", host(0), "type", "veth"),
+        *("peer", "name", "cable1", "netns", host(1)),
+    )
+    for number in range(2):
+        inside, end = ("-n", host(number)), f"cable{number}"
+        made = made and _ip(*inside, "addr", "add", f"{address(number)}/24", "dev", end)
+        made = made and all(_ip(*inside, "link", "set", name, "up") for name in ("lo", end))
+    try:
+        yield made
+    finally:
+        for number in range(2):
+            _ip("netns", "del", host(number))
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """A file system of its own in that folder, which a fault may fill; false where the machine grants none."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    made = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    try:
+        yield made
+    finally:
+        if made:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def undisturbed(run: Run) -> dict[int, str]:
+    """The curve of a run that nobody disturbs."""
     run.start()
-    assert run.process is not None
-    if run.process.wait(1800):
-        raise SystemExit(run.log.read_text()[-3000:])
+    until = time.monotonic() + 900
+    while run.runs():
+        if time.monotonic() > until:
+            raise run.lost("undisturbed, and does not end")
+        time.sleep(0.2)
+    if not run.finished():
+        raise run.lost("undisturbed, and did not finish")
     return run.losses()
 
 
-def disturb(run: Run, chance: random.Random, left: int, counts: Counter[str]) -> int:
-    """Train one run to its end under fire; returns the number of starts that took."""
-    kinds = list(FAULTS)
+def disturb(run: Run, chance: random.Random, left: int) -> Counter[str]:
+    """Train one run to its end under fire; returns the faults that struck, ``left`` at most."""
+    kinds = [kind for kind, (_, hosts, _) in FAULTS.items() if hosts <= run.fleet.hosts]
     weights = [FAULTS[kind][0] for kind in kinds]
-    starts, idle = 0, 0
-    while not (starts and run.state().get("state") == "finished"):
-        if run.process is None or run.process.poll() is not None:
-            starts, idle = starts + 1, idle + 1
+    struck, idle = Counter[str](), 0
+    while True:
+        if not run.runs():
+            if run.starts and run.finished():
+                return struck
+            idle += 1
             if idle > 6:
-                raise SystemExit(f"lost: six starts without a fault did not end it\n{run.log.read_text()[-4000:]}")  # fmt: skip
+                raise run.lost("six starts without a fault did not end it")
             run.start()
-        goal = run.lines() + chance.randint(0, UPDATES // 12)
-        until = time.monotonic() + 90
-        assert run.process is not None
-        while run.process.poll() is None and run.lines() < goal and time.monotonic() < until:
+        seen, still = run.lines(), time.monotonic()
+        goal = seen + chance.randint(0, UPDATES // 12)
+        while run.runs() and (run.lines() < goal or struck.total() >= left):
+            if run.lines() != seen:
+                seen, still = run.lines(), time.monotonic()
+            if time.monotonic() - still > STUCK:
+                raise run.lost(f"no update for {STUCK:.0f} s")
             time.sleep(0.05)
-        if run.process.poll() is None and left > 0 and run.state().get("state") != "finished":
-            time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0, 0.3))
+        if run.runs() and not run.finished():
             (kind,) = chance.choices(kinds, weights)
-            if FAULTS[kind][1](run, chance):
-                counts[kind] += 1
-                left, idle = left - 1, 0
-                print(f"{sum(counts.values()):>4} {kind}, after {run.lines()} lines", flush=True)
-        elif left <= 0 and run.process.poll() is None:
-            run.process.wait(1800)
-    if run.process is not None and run.process.poll() is None:
-        run.process.wait(120)
-    return starts
+            if FAULTS[kind][2](run, chance):
+                struck[kind] += 1
+                idle = 0
+                print(f"     {kind}, after {run.lines()} updates", flush=True)
 
 
 def main() -> None:
@@ -214,73 +383,89 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fleets", nargs="+", default=list(FLEETS), help="names, or parts of them")
+    parser.add_argument("--logs", type=Path, help="keep the runs' logs in this folder")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    base = Path(tempfile.mkdtemp(prefix="faults-"))
-    disk = base / "disk"
-    disk.mkdir()
-    mounted = (
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]).returncode
-        == 0
-    )
-    if not mounted:
-        FAULTS.pop("full disk")
-        print("full disk: skipped, mounting a file system needs root")
-    try:
-        campaign(base, disk, options)
-    finally:
-        if mounted:
-            subprocess.run(["umount", "-l", str(disk)], check=True)
-        shutil.rmtree(base, ignore_errors=True)
+    fleets = {name: fleet for name, fleet in FLEETS.items() if any(part in name for part in options.fleets)}  # fmt: skip
+    if not fleets:
+        raise SystemExit(f"--fleets {options.fleets[0]}: none of {'; '.join(FLEETS)}")
+    with ExitStack() as stack:
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True)))  # fmt: skip
+        if not stack.enter_context(small_disk(base / "disk")):
+            FAULTS.pop("full disk")
+            print("full disk: left out, mounting a file system needs root")
+        if not stack.enter_context(cable()):
+            fleets = {name: fleet for name, fleet in fleets.items() if fleet.hosts == 1}
+            print("two hosts: left out, network namespaces need root and iproute2")
+        campaign(base, fleets, options)
 
 
-def campaign(base: Path, disk: Path, options: argparse.Namespace) -> None:
-    """Run after run, until so many faults were injected; exits with an error where one is lost or diverges."""
+def campaign(base: Path, fleets: dict[str, Fleet], options: argparse.Namespace) -> None:
+    """Run after run, until so many faults have struck.
+
+    Raises:
+        SystemExit: a run was lost, or ended on another curve.
+    """
+    logs = options.logs or base
+    logs.mkdir(parents=True, exist_ok=True)
     tiny.write_inputs(base)
-    expected = undisturbed(Run(base / "whole", base, base / "whole.log"))
-    chance, counts, events, runs, starts = (
-        random.Random(options.seed),
-        Counter[str](),
-        Counter[str](),
-        0,
-        0,
-    )
+    expected: dict[str, dict[int, str]] = {}
+    rows: dict[str, Counter[str]] = {name: Counter() for name in fleets}
+    events, totals, chance = Counter[str](), Counter[str](), random.Random(options.seed)
     began = time.monotonic()
-    while sum(counts.values()) < options.faults:
-        run = Run(disk / f"run-{runs}", base, base / f"run-{runs}.log")
-        starts += disturb(run, chance, options.faults - sum(counts.values()), counts)
-        runs += 1
-        if run.losses() != expected:
-            different = [step for step, loss in expected.items() if run.losses().get(step) != loss]
-            raise SystemExit(f"silent divergence from update {different[0]} of run {runs}\n{run.log.read_text()[-4000:]}")  # fmt: skip
-        for line in (run.folder / "events.jsonl").read_text().splitlines():
-            events[json.loads(line)["event"]] += 1
-        shutil.rmtree(run.folder)
-    report(counts, events, runs, starts, time.monotonic() - began, options)
+    while (struck := sum(row.total() for row in rows.values())) < options.faults:
+        for name, fleet in fleets.items():
+            if name not in expected:
+                whole = Run(fleet, base / f"whole-{len(expected)}", base, logs / f"whole-{len(expected)}.log")  # fmt: skip
+                expected[name] = undisturbed(whole)
+            number = totals["runs"]
+            run = Run(fleet, base / "disk" / f"run-{number}", base, logs / f"run-{number}.log")
+            rows[name] += disturb(run, chance, max(0, options.faults - struck))
+            struck = sum(row.total() for row in rows.values())
+            if run.losses() != expected[name]:
+                different = [step for step, loss in expected[name].items() if run.losses().get(step) != loss]  # fmt: skip
+                raise run.lost(f"silent divergence from update {different[:1]}")
+            totals.update(runs=1, starts=run.starts, orphans=run.orphans)
+            for line in (run.folder / "events.jsonl").read_text().splitlines():
+                events[json.loads(line)["event"]] += 1
+            seconds = time.monotonic() - began
+            print(f"{struck:>4} faults, {seconds:.0f} s: run {number} ({name}) ended on its curve after {run.starts} starts", flush=True)  # fmt: skip
+            shutil.rmtree(run.folder)
+            save(rows, events, totals, seconds, options)
+            if struck >= options.faults:
+                break
+    report(rows, events, totals)
 
 
-def report(
-    counts: Counter[str],
+def report(rows: dict[str, Counter[str]], events: Counter[str], totals: Counter[str]) -> None:
+    """Print the table."""
+    kinds = [kind for kind in FAULTS if any(row[kind] for row in rows.values())]
+    lines = [["fault", *rows, "all"]]
+    for kind in kinds:
+        counts = [row[kind] for row in rows.values()]
+        lines.append([kind, *map(str, counts), str(sum(counts))])
+    sums = [row.total() for row in rows.values()]
+    lines.append(["all", *map(str, sums), str(sum(sums))])
+    print(table(lines))
+    print(
+        f"and {events['skipped']} times a batch whose loss is not a number, left out by all ranks"
+    )
+    print(f"{totals['runs']} runs of {UPDATES} updates in {totals['starts']} starts: 0 lost, 0 on another curve, {totals['orphans']} ranks outlived their launcher by {GRACE:.0f} s")  # fmt: skip
+    print("events the runs wrote: " + ", ".join(f"{kind} {count}" for kind, count in events.most_common()))  # fmt: skip
+
+
+def save(
+    rows: dict[str, Counter[str]],
     events: Counter[str],
-    runs: int,
-    starts: int,
+    totals: Counter[str],
     seconds: float,
     options: argparse.Namespace,
 ) -> None:
-    """Print the table, and write it where that is asked for."""
-    for kind, count in counts.most_common():
-        print(f"{kind:<40} {count:>4} injected, none lost")
-    print(f"{sum(counts.values())} faults in {runs} runs of {UPDATES} updates, {starts} launches, {seconds:.0f} s; all curves bit-equal")  # fmt: skip
-    print(
-        "events the runs wrote: "
-        + ", ".join(f"{kind} {count}" for kind, count in events.most_common())
-    )
-    if options.out:
-        document = {
-            "seed": options.seed, "faults": dict(counts), "events": dict(events), "runs": runs, "launches": starts,
-            "updates": UPDATES, "lost": 0, "diverged": 0, "seconds": round(seconds),
-        }  # fmt: skip
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
+    """Write what has happened so far."""
+    launched = [{"launch": name, "faults": dict(row)} for name, row in rows.items()]
+    figures = {"seed": options.seed, "updates": UPDATES, "seconds": round(seconds), "lost": 0, "diverged": 0}  # fmt: skip
+    write(options.out, "cpu", launched, **figures, totals=dict(totals), events=dict(events))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--meet_timeout": {"type": float, "default": 60.0, "help": "seconds to wait for all ranks [60]"},
     "--trial_timeout": {"type": float, "default": 600.0, "help": "seconds of each of the trial's three runs [600]"},
     "--gpu_memory": {"metavar": "SIZE", "help": "of a rank, as 24GiB; derived: what its GPU, or its share of the host, has free"},
-    "--slurm": {"metavar": "SCRIPT", "help": "submit this job script with the doctor in place of pretrain.py, show its output"},
+    "--slurm": {"metavar": "SCRIPT", "help": "submit this job script with the doctor in place of pretrain.py, show its output; sbatch's flags may stand before it: \"--nodes=2 slurm/pretrain_7b.sbatch\""},
     "--dry_run": {"nargs": "?", "type": int, "const": 0, "metavar": "RANKS", "help": "plan the run on imagined ranks instead"},
 }  # fmt: skip
 

@@ -97,8 +97,12 @@ requeue() {
 
 # shellcheck disable=SC2317 # called by traps
 ask_to_save() {
-    say "$1: asking the ranks to save"
     ASKED=1
+    if preempted; then
+        say "$1, while the ranks save already"
+        return
+    fi
+    say "$1: asking the ranks to save"
     scancel --signal=USR1 "$JOB" # reaches all processes of the steps, not this shell
 }
 ASKED='' STOP=''

@@ -70,17 +70,20 @@ def run(own: dict[str, Any], arguments: Sequence[str]) -> int:
     _, rest = parser.parse_known_args(list(arguments))
     if own["slurm"] is None:
         return dry_run(rest)
-    script = Path(own["slurm"])
-    if not script.is_file():
-        raise UserError(f"--slurm {script}: no such file; give a job script, as those in slurm/")
+    *given, script = shlex.split(own["slurm"]) or [""]
+    if not Path(script).is_file():
+        raise UserError(
+            f"--slurm {own['slurm']}: no file {script!r}; give a job script, as those in slurm/, behind sbatch's flags"
+            " if it takes any, in quotes"
+        )
     if own["dry_run"] is None:
-        return _submit(script, rest)
+        return _submit(given, Path(script), rest)
     if own["dry_run"]:
         raise UserError(
             f"--dry_run {own['dry_run']}: the script says how many ranks; leave the number out"
         )
     parser = tool_parser("doctor.py", None, {"--dry_run": {"nargs": "?"}})
-    return _dry_job(script, parser.parse_known_args(rest)[1])
+    return _dry_job(read_job(Path(script), given), Path(script), parser.parse_known_args(rest)[1])
 
 
 def dry_run(arguments: Sequence[str]) -> int:
@@ -103,9 +106,8 @@ def dry_run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _dry_job(script: Path, arguments: Sequence[str]) -> int:
+def _dry_job(job: Job, script: Path, arguments: Sequence[str]) -> int:
     """The script itself, with DRY_RUN=1 and what SLURM would have told it."""
-    job = read_job(script)
     told = {
         "SLURM_JOB_ID": "0",
         "SLURM_JOB_NAME": job.name,
@@ -127,8 +129,11 @@ def _dry_job(script: Path, arguments: Sequence[str]) -> int:
     ).returncode
 
 
-def read_job(script: Path) -> Job:
-    """The #SBATCH lines of a script; as sbatch does, only those before its first command.
+def read_job(script: Path, given: Sequence[str] = ()) -> Job:
+    """What a job gets, by the #SBATCH lines of its script; as sbatch does, only those before its first command.
+
+    Args:
+        given: sbatch's flags, which win over those lines.
 
     Raises:
         UserError: a number that is none.
@@ -139,6 +144,7 @@ def read_job(script: Path) -> Job:
             found |= _options(shlex.split(line.removeprefix("#SBATCH"), comments=True))
         elif line.strip() and not line.startswith("#"):
             break
+    found |= _options(given)
 
     def number(name: str, default: int) -> int:
         text = found.get(name, str(default))
@@ -175,7 +181,7 @@ def _options(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _submit(script: Path, arguments: Sequence[str]) -> int:
+def _submit(given: Sequence[str], script: Path, arguments: Sequence[str]) -> int:
     """Submit, show what the job says as it says it, hand on its exit status."""
     for tool in ("sbatch", "scontrol"):
         if shutil.which(tool) is None:
@@ -183,12 +189,14 @@ def _submit(script: Path, arguments: Sequence[str]) -> int:
                 f"--slurm {script}: {tool} is not on the PATH; log in to a node where jobs are submitted, or run "
                 "the doctor under torchrun"
             )
-    command = ["sbatch", "--parsable", f"--export=ALL,PROGRAM={PROGRAM}", str(script), *arguments]
+    export = f"--export=ALL,PROGRAM={PROGRAM}"
+    command = ["sbatch", "--parsable", export, *given, str(script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no reason given"]
         raise UserError(
-            f"--slurm {script}: sbatch refused it ({lines[-1]}); change the script's #SBATCH lines"
+            f"--slurm {script}: sbatch refused it ({lines[-1]}); change the script's #SBATCH lines, or put sbatch's"
+            f' flags before it: --slurm "--nodes=1 {script}"'
         )
     job = done.stdout.strip().split(";")[0]
     print(f"job {job} submitted; its output follows when it runs", flush=True)

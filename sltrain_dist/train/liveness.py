@@ -54,6 +54,7 @@ class Liveness:
         self._patience = 0.8 * timeout if mesh.device.type == "cuda" else 1.5 * timeout + _GRACE
         self._ancestors = _launchers()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last sign, and when it was new
+        self._silent = set(range(mesh.world_size))  # ranks that never gave one, as far as known
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
 
     def at(self, phase: str, step: int) -> None:
@@ -100,6 +101,9 @@ class Liveness:
         if not found or not self._look():
             self._blamed = [0]  # so that another rank speaks
             return _STORE_GONE
+        if self._silent:
+            self._blamed = sorted(self._silent)
+            return f"rank {self._blamed[0]} never began to train"
         self._blamed = still = self._still(2.0 * self._period)
         if still:
             return self._describe(still)
@@ -153,12 +157,14 @@ class Liveness:
     def _look(self) -> bool:
         """Read everybody's signs; False where the store is gone."""
         assert self._store is not None
-        try:
-            signs = self._store.multi_get([f"alive/{n}" for n in range(self._mesh.world_size)])
+        try:  # reading waits for a sign that is not there yet: ask first
+            self._silent = {n for n in self._silent if not self._store.check([f"alive/{n}"])}
+            ranks = [n for n in range(self._mesh.world_size) if n not in self._silent]
+            signs = self._store.multi_get([f"alive/{n}" for n in ranks])
         except RuntimeError:
             return False
         now = time.monotonic()
-        for rank, sign in enumerate(signs):
+        for rank, sign in zip(ranks, signs, strict=True):
             if rank != self._mesh.rank and self._seen.get(rank, (None,))[0] != sign.decode():
                 self._seen[rank] = (sign.decode(), now)
         return True

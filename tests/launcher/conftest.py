@@ -1,6 +1,7 @@
 """Inputs shared by the launcher tests."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -44,3 +45,19 @@ def trained(inputs, tmp_path_factory):
     os.environ.update(before)
     assert code == 0
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 6 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs to mount a file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -2,6 +2,8 @@
 
 FAULTY_NAN     "5:9": the losses of the batches from number 5 to 8 are not finite (counted as data is, from 0)
 FAULTY_SPIKE   "7": the loss of batch 7 is fifty times what it is
+FAULTY_RANK    "1": the losses above are changed on this rank only
+FAULTY_BATCHES a folder: every rank writes number and checksum of each of its batches to batches-RANK there
 FAULTY_PAUSE   "3:evaluation": write a file "paused" into the folder FAULTY_FOLDER and wait for its removal,
                before batch 3, or before the first batch of an evaluation
 """
@@ -10,6 +12,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -45,10 +48,16 @@ def pause(place):
 def faulty_update(run, micro_batches, lr, **options):
     pause(f"{run.position}")
     factor = 1.0
-    if meant("FAULTY_NAN", run.position):
+    if os.environ.get("FAULTY_RANK", str(run.mesh.rank)) != str(run.mesh.rank):
+        pass
+    elif meant("FAULTY_NAN", run.position):
         factor = math.nan
     elif meant("FAULTY_SPIKE", run.position):
         factor = 50.0
+    if folder := os.environ.get("FAULTY_BATCHES"):
+        tokens = b"".join(batch["tokens"].numpy().tobytes() for batch in micro_batches)
+        with open(f"{folder}/batches-{run.mesh.rank}", "a") as file:
+            file.write(f"{run.position} {zlib.crc32(tokens)}\n")
     slow, _, seconds = os.environ.get("FAULTY_SLOW", "-1:0").partition(":")
     if run.mesh.rank == int(slow):
         time.sleep(float(seconds))

@@ -1,5 +1,6 @@
 """Runs as a user starts them, whose processes tests may then find, pause, signal and wait for."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -81,3 +82,13 @@ def curve(run):
     lines = [(x["step"], x.get("loss"), x.get("eval_loss")) for x in metrics(run)]
     assert len(set(lines)) == len(lines)
     return sorted(lines, key=str)
+
+
+def fill(disk):
+    """Leave no room on it; the file to remove for some."""
+    ballast = disk / "ballast"
+    with contextlib.suppress(OSError), open(ballast, "wb") as file:
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+    return ballast

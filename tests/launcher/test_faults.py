@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -16,6 +15,7 @@ from tests.launcher.processes import (
     curve,
     end,
     events,
+    fill,
     heartbeat,
     pause_file,
     rank_process,
@@ -167,22 +167,6 @@ def test_workers_end_when_their_launcher_is_gone(inputs, tmp_path):
     assert events(run, "interrupted")[0]["signal"] == "SIGTERM"
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 6 MiB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs to mount a file system: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_a_full_disk_costs_no_update_and_the_save_is_tried_again(inputs, tmp_path, small_disk):
     run = small_disk / "run"
     settings = QUIET | {"num_training_steps": 30, "save_every": 4, "keep_last": 1, "timeout": 60}
@@ -190,14 +174,7 @@ def test_a_full_disk_costs_no_update_and_the_save_is_tried_again(inputs, tmp_pat
         [FAULTY, *flags(inputs, run, **settings)], FAULTY_PAUSE="2 20", FAULTY_FOLDER=str(tmp_path)
     )
     wait_until(pause_file(tmp_path).exists, process)
-    ballast = small_disk / "ballast"
-    with open(ballast, "wb") as file:
-        try:
-            while True:
-                file.write(bytes(1 << 16))
-                file.flush()
-        except OSError:
-            pass
+    ballast = fill(small_disk)
     pause_file(tmp_path).unlink()
     wait_until(lambda: not pause_file(tmp_path).exists(), process)
     wait_until(pause_file(tmp_path).exists, process)
