@@ -3,8 +3,9 @@
     python benchmarks/watch.py [--model llama_60m] [--updates 120] [--ranks 2] [--out benchmarks/results/watch_cpu.json]
 
 One run. What it does beside training (metrics, events, heartbeat, Prometheus file, bar, signs of life, phases, the collective
-in which ranks agree) is switched by update: off, on, on, off, so that whatever else the machine does meets both. The ratio is
-the median of these fours, with [quarter to quarter]. Every 12th update is sampled (what collectives take), every 24th is
+in which ranks agree) is switched by update: off, on, on, off, so that whatever else the machine does meets both. On against off
+is the median of these fours, with [quarter to quarter]; where the machine is too noisy for it, the time spent inside these functions,
+waits for slower ranks among it, says more, and goes into the sum. Every 12th update is sampled (what collectives take), every 24th is
 followed by a checkpoint beside training: their cost in seconds is what they, and the updates while the checkpoint is written,
 took longer than the median. Prints the share of an update that all this takes at the intervals that a user gets
 (--watch_every 100, --save_every 1000), and with ten times as many checkpoints.
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,16 +31,24 @@ WATCH_EVERY, SAVE_EVERY = 100, 1000  # and by default
 
 
 class Switch:
-    """Functions that do nothing while ``on`` is false."""
+    """Functions that do nothing while ``on`` is false, and the seconds spent in them."""
 
     on = True
+    seconds = 0.0
+    _inside = False  # one of them calls another
 
     def replace(self, owner: Any, name: str, instead: Any = lambda *args, **options: None) -> None:
         """Put a switched function in place of ``owner.name``; ``instead``: what is called while off."""
         inner = getattr(owner, name)
 
         def switched(*args: Any, **options: Any) -> Any:
-            return (inner if self.on else instead)(*args, **options)
+            if self._inside or threading.current_thread() is not threading.main_thread():
+                return (inner if self.on else instead)(*args, **options)
+            self._inside, began = True, time.perf_counter()
+            try:
+                return (inner if self.on else instead)(*args, **options)
+            finally:
+                self._inside, self.seconds = False, self.seconds + time.perf_counter() - began
 
         setattr(owner, name, switched)
 
@@ -55,9 +65,14 @@ def rank(file: str, flags: list[str]) -> int:
     def timed_step(run: Any, parts: Any) -> int:
         number, flying = run.step + 1, parts.saves.saver.flying
         switch.on = number % 4 in (2, 3)
-        began = time.perf_counter()
+        switch.seconds, began = 0.0, time.perf_counter()
         asked = step(run, parts)
-        row = {"number": number, "on": switch.on, "seconds": time.perf_counter() - began}
+        row = {
+            "number": number,
+            "on": switch.on,
+            "seconds": time.perf_counter() - began,
+            "inside": switch.seconds,
+        }
         updates.append(row | {"flying": flying, "sampled": loop._samples(run) and number % SAMPLE == 2})  # fmt: skip
         return asked
 
@@ -127,9 +142,11 @@ def rows(found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     saves = [x for x in found["saves"] if FIRST < x["number"] < options.updates]
     save = sum(x["seconds"] for x in saves) + sum(x["seconds"] - median for x in beside)
     save /= max(1, len(saves))
-    watch = quarters[1] - 1
+    inside = statistics.median(x["inside"] for x in plain if x["on"])
+    watch = inside / median
     return {
         "update_seconds": median, "ratio": quarters[1], "ratio_quarters": [quarters[0], quarters[2]], "fours": len(ratios),
+        "inside_seconds": inside,
         "sample_seconds": sample, "save_seconds": save, "saves": len(saves), "updates_beside_saves": len(beside),
         "share": watch + sample / WATCH_EVERY / median + save / SAVE_EVERY / median,
         "share_ten_times_the_saves": watch + sample / WATCH_EVERY / median + 10 * save / SAVE_EVERY / median,

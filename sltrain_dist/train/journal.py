@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sltrain_dist.utils.interrupt import InterruptError
 
 EVENTS, HEARTBEAT = "events.jsonl", "heartbeat.json"
 _INTERVAL = 1.0  # seconds between heartbeats
+_KEPT = 10_000  # lines at most that wait for room on the disk
 _PATIENCE = 50.0  # a write that took t seconds is followed by as many times t without one
 
 
@@ -45,22 +47,46 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 
 class Tolerant:
-    """Writes that never end a run: on ranks other than the first nothing is done, and what fails is said once."""
+    """Writes that never end a run: on ranks other than the first nothing is done, and what fails is said once, until all goes well again.
+
+    Lines that the disk refused are kept, and written before the next one.
+    """
 
     def __init__(self, folder: Path, active: bool) -> None:
-        self.folder, self._active, self._failed = folder, active, False
+        self.folder, self._active = folder, active
+        self._failing: set[str] = set()  # files that the disk refuses just now
+        self._waiting: dict[str, list[str]] = {}  # lines of a file that the disk refused
 
     def _try(self, name: str, write: Callable[[], object]) -> None:
         if not self._active:
             return
         try:
             write()
+            self._failing.discard(name)
         except OSError as error:
-            if not self._failed:
+            if not self._failing:
                 with contextlib.suppress(OSError):  # nobody reads any more
                     text = f"warning: {self.folder / name}: {error.strerror}; training goes on"
                     print(text, file=sys.stderr)
-            self._failed = True
+            self._failing.add(name)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        """Add a line of JSON; numbers that JSON has no name for become null."""
+        if not self._active:
+            return
+        lines = self._waiting.setdefault(name, [])
+        lines.append(json.dumps(finite(line)) + "\n")
+        del lines[:-_KEPT]
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write the lines that wait."""
+        for name in [name for name, lines in self._waiting.items() if lines]:
+            self._try(name, partial(self._write_waiting, name))
+
+    def _write_waiting(self, name: str) -> None:
+        _add(self.folder / name, "".join(self._waiting[name]))
+        self._waiting[name].clear()
 
 
 class Journal(Tolerant):
@@ -91,11 +117,10 @@ class Journal(Tolerant):
         return min(1.0, trained / max(time.time() - self.born, 1e-9))
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        """Append an event; numbers that JSON has no name for become null."""
-        line = json.dumps(
-            finite({"time": round(time.time(), 3), "event": event, "step": step, **fields})
+        """Append an event."""
+        self._append(
+            EVENTS, {"time": round(time.time(), 3), "event": event, "step": step, **fields}
         )
-        self._try(EVENTS, lambda: _append(self.folder / EVENTS, line + "\n"))
 
     def alarm(self, kind: str, text: str | None) -> None:
         """Raise an alarm that stays in the heartbeat, or take it back (None)."""
@@ -172,14 +197,19 @@ def prometheus_text(document: dict[str, Any], run: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _append(path: Path, line: str) -> None:
-    """Add a line; one that a crash has torn before is ended first, so that only that one is lost."""
-    with open(path, "a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode())
+def _add(path: Path, text: str) -> None:
+    """Add all of the text or, where the disk refuses, nothing; a line that a crash has torn is ended first."""
+    with open(path, "a+b", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        rest = memoryview(("\n" * torn + text).encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
 
 
 def _replace(path: Path, text: str) -> None:

@@ -227,7 +227,8 @@ def _end_if(asked: int, run: Run, parts: Parts) -> None:
     run.journal.beat("interrupted")
     run.tracker.close()
     # Launchers end all ranks when one ends, and their signal is no second request: the first has written all.
-    gather_patiently(run.mesh, None)
+    with contextlib.suppress(RuntimeError):  # the launcher that kept the store may be what is gone
+        gather_patiently(run.mesh, None)
     ignore()
     kept = describe(run.step, parts.saves, run.records.folder)
     raise InterruptError(

@@ -6,7 +6,8 @@
     tokenizer.json  with tokenizer_config.json, at the start: exports need neither corpus nor cache
     .lock           held by the run that writes here, until its process ends
 
-A disk that fills up must not end a training: records that cannot be written are reported once.
+A disk that fills up must not end a training: records that cannot be written are reported once, and lines of metrics
+wait until there is room.
 """
 
 import contextlib
@@ -159,32 +160,8 @@ def lock_folder(folder: Path) -> object:
 class Records(Tolerant):
     """Writes the records of a run."""
 
-    def __init__(self, folder: Path, active: bool) -> None:
-        super().__init__(folder, active)
-        self._torn = False  # half a line stands at the end of the metrics and could not be cut off
-
-    def _write(self, name: str, text: str, append: bool = False) -> None:
-        path = self.folder / name
-        if append:
-            self._try(name, lambda: self._append(path, text))
-        else:
-            self._try(name, lambda: path.write_text(text, encoding="utf-8"))
-
-    def _append(self, path: Path, line: str) -> None:
-        """Add the whole line or, where the disk refuses, nothing; raises OSError."""
-        rest = memoryview((("\n" if self._torn else "") + line).encode())
-        with open(path, "ab", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-            except OSError:
-                try:
-                    file.truncate(size)
-                except OSError:
-                    self._torn = True
-                raise
-        self._torn = False
+    def _write(self, name: str, text: str) -> None:
+        self._try(name, lambda: (self.folder / name).write_text(text, encoding="utf-8"))
 
     def config(self, config: TrainConfig) -> None:
         self._write(CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
@@ -193,8 +170,8 @@ class Records(Tolerant):
         self._try("tokenizer.json", lambda: tokenizer.save(self.folder))
 
     def metrics(self, line: dict[str, Any]) -> None:
-        """Append one line; numbers that JSON has no name for become null."""
-        self._write(METRICS, json.dumps(finite(line)) + "\n", append=True)
+        """Append one line."""
+        self._append(METRICS, line)
 
     def summary(self, summary: dict[str, Any]) -> None:
         self._write(SUMMARY, json.dumps(finite(summary), indent=2) + "\n")
@@ -209,6 +186,7 @@ class Records(Tolerant):
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint stores so that the metrics file continues without gap or repetition."""
+        self._flush()
         path = self.folder / METRICS
         try:
             return {"bytes": path.stat().st_size}
@@ -220,6 +198,7 @@ class Records(Tolerant):
 
         ``{}``, the position of a fresh start, cuts off all.
         """
+        self._waiting.pop(METRICS, None)
         path = self.folder / METRICS
         if self._active and path.exists() and path.stat().st_size > position.get("bytes", 0):
             self._try(METRICS, lambda: os.truncate(path, position.get("bytes", 0)))

@@ -26,6 +26,13 @@ ENGINES = {
     "zero3": {"ds_config": "ds_configs/zero3.json"},
 }
 QUIET = {"eval_every": 0}
+each_engine = pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(name, marks=[] if name in ("fsdp", "zero2") else pytest.mark.slow)
+        for name in ENGINES
+    ],
+)
 
 
 def run_on(ranks, line, **variables):
@@ -60,7 +67,7 @@ def stream(tmp_path_factory):
     return f"c4:{folder}"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@each_engine
 def test_bad_batches_send_all_ranks_back(inputs, tmp_path, engine):
     """Three in a row: back to update 4, past batches 6 to 8; one rank alone does the same."""
     settings = QUIET | {"num_training_steps": 9, "save_every": 4, "max_skips": 3} | ENGINES[engine]
@@ -98,7 +105,7 @@ def test_a_stream_is_read_on_past_bad_batches(inputs, stream, tmp_path):
     assert len(set(read["whole"][0] + read["whole"][1])) == 26
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@each_engine
 def test_a_loss_that_is_no_number_on_one_rank_stops_the_update_on_all(inputs, tmp_path, engine):
     run = tmp_path / "run"
     settings = QUIET | {"num_training_steps": 6, "save_every": 0} | ENGINES[engine]
@@ -110,7 +117,7 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_the_update_on_all(inputs, tm
     assert all(math.isfinite(lines[step]["loss"]) for step in (5, 6)), "its weights are whole"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@each_engine
 def test_a_spike_is_left_out_by_all_ranks(inputs, tmp_path, engine):
     """On one rank's share of the batch, so that only their mean stands out."""
     run = tmp_path / "run"

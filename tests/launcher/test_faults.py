@@ -188,3 +188,4 @@ def test_a_full_disk_costs_no_update_and_the_save_is_tried_again(inputs, tmp_pat
     assert "training goes on" in output
     assert heartbeat(run)["last_checkpoint"] == 30
     assert heartbeat(run)["alarms"] == []
+    assert sorted(losses(run)) == list(range(1, 31)), "lines wait for room, too"
