@@ -71,7 +71,7 @@ def test_readme_names_what_exists():
     assert text.index("make pretrain") < text.index("make test") < text.index("##")
     from sltrain_dist.train.flags import FLAGS
 
-    others = {"num_gpus", "standalone", "nproc_per_node", "help"}
+    others = {"num_gpus", "standalone", "nproc_per_node", "nodes", "help"}
     for name in (
         "generate",
         "evaluate",

@@ -157,12 +157,12 @@ def test_fresh_start_empties_the_metrics(tmp_path):
 
 
 @pytest.mark.parametrize("cuttable", [True, False])
-def test_failed_append_leaves_no_half_line(tmp_path, cuttable):
+def test_a_refused_line_is_written_later_and_whole(tmp_path, cuttable):
     """A limit on file sizes stands for the full disk; real writes, cut short by the system."""
     code = f"""
 import io, json, resource, signal
 from pathlib import Path
-from sltrain_dist.train import run_folder
+from sltrain_dist.train import journal, run_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 records = run_folder.Records(Path({str(tmp_path)!r}), active=True)
 records.metrics({{"step": 1, "loss": 1.5}})
@@ -170,7 +170,7 @@ if not {cuttable}:
     class Stuck(io.FileIO):
         def truncate(self, size=None):
             raise OSError(5, "Input/output error")
-    run_folder.open = lambda path, mode, buffering: Stuck(path, mode)
+    journal.open = lambda path, mode, buffering: Stuck(path, mode)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40, resource.RLIM_INFINITY))
 records.metrics({{"step": 2, "loss": 1.5}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
@@ -178,8 +178,8 @@ records.metrics({{"step": 3, "loss": 1.5}})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "training goes on" in done.stderr
-    first, *torn, last = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in (first, last)] == [1, 3]
+    first, *torn, second, last = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in (first, second, last)] == [1, 2, 3]
     assert len(torn) == (0 if cuttable else 1)
 
 
