@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.launcher import tiny
 
 
@@ -41,6 +43,7 @@ def test_a_healthy_job_passes(cluster, inputs, tmp_path):
     assert not list((tmp_path / "run").glob("step_*")), "nothing of the trial is left behind"
 
 
+@pytest.mark.slow
 def test_a_planted_problem_fails_the_job(cluster, inputs, tmp_path):
     code, output = examine(
         cluster,
@@ -67,9 +70,10 @@ def test_a_dry_run_plans_what_sbatch_would_give(cluster, inputs, tmp_path):
     assert "--rank 0" in output
 
 
-def test_what_sbatch_refuses_is_named(cluster, inputs, tmp_path):
+def test_what_sbatch_refuses_is_named(cluster):
+    script = "--partition=nowhere slurm/pretrain_7b.sbatch"
     done = subprocess.run(
-        [sys.executable, "launcher/doctor.py", "--slurm", "slurm/pretrain_7b.sbatch"],
+        [sys.executable, "launcher/doctor.py", "--slurm", script],
         cwd=tiny.REPOSITORY,
         env=cluster.environment,
         capture_output=True,
@@ -78,6 +82,7 @@ def test_what_sbatch_refuses_is_named(cluster, inputs, tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert "sbatch refused it" in done.stderr
+    assert "sbatch refused it (sbatch: error:" in done.stderr
+    assert "invalid partition" in done.stderr.lower()
     assert '--slurm "--nodes=1 slurm/pretrain_7b.sbatch"' in done.stderr
     assert len(done.stderr.splitlines()) == 1
