@@ -70,7 +70,10 @@ def run(own: dict[str, Any], arguments: Sequence[str]) -> int:
     _, rest = parser.parse_known_args(list(arguments))
     if own["slurm"] is None:
         return dry_run(rest)
-    *given, script = shlex.split(own["slurm"]) or [""]
+    try:
+        *given, script = shlex.split(own["slurm"]) or [""]
+    except ValueError as error:
+        raise UserError(f"--slurm {own['slurm']}: {error}; mend the quotes") from None
     if not Path(script).is_file():
         raise UserError(
             f"--slurm {own['slurm']}: no file {script!r}; give a job script, as those in slurm/, behind sbatch's flags"

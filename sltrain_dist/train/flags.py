@@ -193,6 +193,8 @@ def parser() -> argparse.ArgumentParser:
         description="Pre-train a LLaMA with sparse-plus-low-rank linears. With no flag but --ds_config it "
         "trains llama_demo on the text of Python's standard library. Defaults stand in brackets; the recipe of a preset "
         "(presets/recipes.json) and numbers in the ds JSON come before them, flags before all.",
+        epilog="--dry_run [RANKS]: train nothing, plan the run on so many imagined ranks, with launcher/plan.py's flags "
+        "(--device, --gpu_memory, --tflops, --bandwidth, --json).",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

@@ -35,7 +35,7 @@ _WORDS = (
 )  # of a collective's errors
 _GRACE = 10.0  # seconds
 FAULTS = "faults"
-_STORE_GONE = "rank 0, or the launcher that keeps the ranks' store, is gone"
+_STORE_GONE = "rank 0, or the launcher that keeps the ranks' store, is gone or stands still"
 
 
 class Liveness:
@@ -85,6 +85,7 @@ class Liveness:
             blamed = self.blame()
         self._ended.set()
         if blamed is not None:
+            _end_soon()
             reason = " ".join(str(error).split())[:160]
             living = set(range(self._mesh.world_size)) - set(self._blamed)
             speaks = self._mesh.rank == min(living)
@@ -155,7 +156,14 @@ class Liveness:
             self._store.set(f"alive/{self._mesh.rank}", json.dumps(sign))
 
     def _look(self) -> bool:
-        """Read everybody's signs; False where the store is gone."""
+        """Read everybody's signs; False where the store is gone, or stands still with the process that keeps it."""
+        answers: list[bool] = []
+        reader = threading.Thread(target=lambda: answers.append(self._read()), daemon=True)
+        reader.start()
+        reader.join(_GRACE)
+        return any(answers)
+
+    def _read(self) -> bool:
         assert self._store is not None
         try:  # reading waits for a sign that is not there yet: ask first
             self._silent = {n for n in self._silent if not self._store.check([f"alive/{n}"])}
@@ -195,6 +203,13 @@ class Liveness:
                 (folder / f"rank-{self._mesh.rank:05d}-collectives.json").write_bytes(record)
         except OSError:
             pass  # it is being ended for another reason, which is said
+
+
+def _end_soon() -> None:
+    """End this process in a while where it does not by itself: groups and stores may wait for who will not come."""
+    timer = threading.Timer(2 * _GRACE, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def _flight_record(device: str) -> bytes:

@@ -62,8 +62,8 @@ def train(run: Run) -> dict[str, Any]:
         saves = Saves(run)
         stack.enter_context(saves.saver)
         bar = stack.enter_context(_bar(run, steps))
-        with Liveness(mesh, folder, config.timeout) as liveness:
-            trace = Trace(config.watch.profile, folder, mesh.rank)
+        trace = Trace(config.watch.profile, folder, mesh.rank)
+        with trace, Liveness(mesh, folder, config.timeout) as liveness:
             clock, updates = Stopwatch(mesh.device), run.data.updates(run.position)
             parts = Parts(saves, liveness, trace, clock, bar, updates)
             if _samples(run):

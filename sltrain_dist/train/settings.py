@@ -41,6 +41,7 @@ from sltrain_dist.train.optimization import check_per_layer, finish_optimizer, f
 from sltrain_dist.train.watch import watch_config
 from sltrain_dist.utils.errors import UserError
 
+_LONGEST = 7 * 24 * 3600.0  # seconds that a collective may take
 _SEEDS = 2**31  # fits every generator that a seed goes to
 POSITIVE = ("rank", "block_size", "max_length", "batch_size", "total_batch_size", "timeout",
             "gradient_accumulation", "num_training_steps", "max_train_tokens", "lr", "eps",
@@ -158,6 +159,8 @@ def _check_ranges(settings: dict[str, Any]) -> None:
             and settings[name] <= 0
         ):
             raise UserError(f"--{name} {settings[name]}: must be positive")
+    if settings["timeout"] > _LONGEST:
+        raise UserError(f"--timeout {settings['timeout']:g}: at most {_LONGEST:g} seconds, a week")
     for name in NOT_NEGATIVE:
         if settings[name] is not None and settings[name] < 0:
             raise UserError(f"--{name} {settings[name]}: must not be negative")
@@ -362,6 +365,6 @@ def _build(
         name=settings["name"] or "",
         tags=tuple(settings["tags"].split(",")) if settings["tags"] else (),
         timeout=settings["timeout"],
-        watch=watch_config(settings),
+        watch=watch_config(settings, optimizer.total_steps),
         command=tuple(arguments),
     )

@@ -15,13 +15,22 @@ _RECORDS = 100_000  # allocations that the snapshot remembers
 
 
 class Trace:
-    """Records the updates that were asked for."""
+    """Records the updates that were asked for, or those of them that came before the run ended; as a context."""
 
     def __init__(self, updates: tuple[int, int] | None, folder: Path, rank: int) -> None:
         self._updates = updates
         self._path = folder / "profile" / f"rank-{rank:05d}"
         self._profile: Any = None
+        self._last = 0
         self._gpu = torch.cuda.is_available()
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The process must not end while the profiler runs: it would crash."""
+        if self._profile is not None:
+            self._write()
 
     def begin(self, update: int) -> bool:
         """Before an update (counted from 1); whether it is traced."""
@@ -38,12 +47,15 @@ class Trace:
         """After an update; the last one asked for is followed by the files."""
         if self._profile is None or self._updates is None:
             return
-        if self._updates[0] <= update < self._updates[1]:  # one before them: the run went back
-            return
+        self._last = update
+        if not self._updates[0] <= update < self._updates[1]:  # one before them: the run went back
+            self._write()
+
+    def _write(self) -> None:
+        assert self._updates is not None
         profile, self._profile = self._profile, None
         profile.stop()
-        first, last = self._updates
-        name = f"{self._path.name}-updates-{first}-{last}"
+        name = f"{self._path.name}-updates-{self._updates[0]}-{self._last}"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(self._path.with_name(f"{name}.json.gz")))

@@ -7,6 +7,7 @@ for it. All ranks see the same numbers, so all decide the same.
 """
 
 import math
+import os
 import statistics
 from collections import deque
 from typing import Any
@@ -54,8 +55,8 @@ class LossWatch:
         self._losses = deque(losses, maxlen=_WINDOW)
 
 
-def watch_config(settings: dict[str, Any]) -> WatchConfig:
-    """The flags of watching, checked against each other.
+def watch_config(settings: dict[str, Any], total_steps: int) -> WatchConfig:
+    """The flags of watching, checked against each other and the number of updates.
 
     Raises:
         UserError: naming the flag.
@@ -65,18 +66,23 @@ def watch_config(settings: dict[str, Any]) -> WatchConfig:
         raise UserError(
             "--spike_action skip: --spike_sigma 0 watches for no spikes; give it, e.g. 6"
         )
+    target = settings["prometheus"]
+    if target is not None and (
+        os.path.isdir(target) or not os.path.isdir(os.path.dirname(target) or ".")
+    ):
+        raise UserError(f"--prometheus {target}: give a file in a folder that exists")
     return WatchConfig(
         max_skips=settings["max_skips"],
         max_rewinds=settings["max_rewinds"],
         spike_sigma=sigma,
         spike_action=action,
         sample_every=settings["watch_every"],
-        prometheus=settings["prometheus"],
-        profile=_updates(settings["profile"]),
+        prometheus=target,
+        profile=_updates(settings["profile"], total_steps),
     )
 
 
-def _updates(text: str | None) -> tuple[int, int] | None:
+def _updates(text: str | None, total_steps: int) -> tuple[int, int] | None:
     """ "10:12" or "10" as (first, last) update."""
     if text is None:
         return None
@@ -87,4 +93,6 @@ def _updates(text: str | None) -> tuple[int, int] | None:
         updates = 0, 0
     if not 1 <= updates[0] <= updates[1]:
         raise UserError(f"--profile {text}: must be updates, as 10:12 or 10, counted from 1")
+    if updates[0] > total_steps:
+        raise UserError(f"--profile {text}: the run ends with update {total_steps}")
     return updates

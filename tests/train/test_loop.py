@@ -94,10 +94,10 @@ def test_updates_to_profile_are_checked(text):
         "max_skips": 1, "max_rewinds": 1, "spike_sigma": 0.0, "spike_action": "log", "watch_every": 0,
         "prometheus": None,
     }  # fmt: skip
-    assert watch_config(settings | {"profile": "3:5"}).profile == (3, 5)
-    assert watch_config(settings | {"profile": "7"}).profile == (7, 7)
+    assert watch_config(settings | {"profile": "3:5"}, 9).profile == (3, 5)
+    assert watch_config(settings | {"profile": "7"}, 9).profile == (7, 7)
     with pytest.raises(UserError, match="--profile"):
-        watch_config(settings | {"profile": text})
+        watch_config(settings | {"profile": text}, 9)
 
 
 def test_a_failing_tracker_does_not_end_the_training(capsys):
