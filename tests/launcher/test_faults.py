@@ -85,6 +85,22 @@ def test_a_stopped_rank_is_named_and_the_others_end(inputs, tmp_path):
     assert json.loads((run / "faults" / "rank-00000-collectives.json").read_text())["entries"]
 
 
+def test_a_stopped_rank_that_keeps_the_store_keeps_nobody_waiting(inputs, tmp_path):
+    """Under deepspeed that is rank 0: nobody answers then who could say which rank is missing."""
+    run = tmp_path / "run"
+    line = flags(inputs, run, timeout=8, **QUIET)
+    command = ["-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}"]
+    process = start([*command, FAULTY, *line], FAULTY_PAUSE="3", FAULTY_FOLDER=str(tmp_path))
+    for rank in (0, 1):
+        wait_until(pause_file(tmp_path, rank).exists, process)
+    os.kill(rank_process(0, run), signal.SIGSTOP)
+    for rank in (0, 1):
+        pause_file(tmp_path, rank).unlink()
+    code, output = end(process)
+    assert code == 1, output
+    assert "rank 0, or the launcher that keeps the ranks' store, is gone or stands still" in output
+
+
 def test_a_killed_rank_is_restarted_by_torchrun_and_the_curve_is_the_same(inputs, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     settings = QUIET | {"num_training_steps": 10, "save_every": 2}

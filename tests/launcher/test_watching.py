@@ -53,6 +53,23 @@ def test_profile_and_prometheus(inputs, tmp_path):
     assert "USDT" not in output, "torch's profiler is not to talk"
 
 
+def test_a_profile_that_the_end_of_the_run_cuts_short_is_written(inputs, tmp_path):
+    """By a signal in update 5, or by the last update."""
+    run = tmp_path / "run"
+    line = flags(inputs, run, profile="3:100", continue_from="auto", **QUIET)
+    process = start([FAULTY, *line], FAULTY_PAUSE="4", FAULTY_FOLDER=str(tmp_path))
+    wait_until(pause_file(tmp_path).exists, process)
+    process.send_signal(signal.SIGTERM)
+    pause_file(tmp_path).unlink()
+    code, output = end(process)
+    assert code == 75, output
+    assert (run / "profile" / "rank-00000-updates-3-5.json.gz").exists()
+    line = flags(inputs, tmp_path / "whole", profile="5:100", **QUIET)
+    code, output = end(start(["launcher/pretrain.py", *line]))
+    assert code == 0, output
+    assert (tmp_path / "whole" / "profile" / "rank-00000-updates-5-6.json.gz").exists()
+
+
 def test_trackers_go_on_as_the_same_run(inputs, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

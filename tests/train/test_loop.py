@@ -88,7 +88,7 @@ def test_deviations_need_enough_losses_and_a_flat_curve_has_no_spikes():
     assert again.deviations(2.5) == watch.deviations(2.5)
 
 
-@pytest.mark.parametrize("text", ["0", "3:2", "x", "1:y", ":", "-1:4"])
+@pytest.mark.parametrize("text", ["0", "3:2", "x", "1:y", ":", "-1:4", "10:12"])
 def test_updates_to_profile_are_checked(text):
     settings = {
         "max_skips": 1, "max_rewinds": 1, "spike_sigma": 0.0, "spike_action": "log", "watch_every": 0,
@@ -98,6 +98,16 @@ def test_updates_to_profile_are_checked(text):
     assert watch_config(settings | {"profile": "7"}, 9).profile == (7, 7)
     with pytest.raises(UserError, match="--profile"):
         watch_config(settings | {"profile": text}, 9)
+
+
+@pytest.mark.parametrize("place", ["", "missing/node.prom"])
+def test_where_prometheus_looks_is_checked(tmp_path, place):
+    settings = {
+        "max_skips": 1, "max_rewinds": 1, "spike_sigma": 0.0, "spike_action": "log", "watch_every": 0, "profile": None,
+    }  # fmt: skip
+    assert watch_config(settings | {"prometheus": str(tmp_path / "node.prom")}, 9).prometheus
+    with pytest.raises(UserError, match="--prometheus"):
+        watch_config(settings | {"prometheus": str(tmp_path / place)}, 9)
 
 
 def test_a_failing_tracker_does_not_end_the_training(capsys):
