@@ -1,6 +1,7 @@
 """A fault campaign: one run after another is killed, stopped, starved, cut off and lied to, and must end on its curve.
 
-    python benchmarks/faults.py [--faults 200] [--seed 0] [--fleets fsdp hosts] [--out benchmarks/results/faults_cpu.json]
+    python benchmarks/faults.py [--faults 200] [--seed 0] [--fleets FSDP hosts] [--out benchmarks/results/faults_cpu.json]
+    python benchmarks/faults.py --sum benchmarks/results/faults_cpu*.json
 
 Two ranks train a tiny model, in turns under each launcher of FLEETS. At random moments, drawn from the seed, one of the
 faults in FAULTS strikes, and every fortieth batch has a loss that is not a number. Where a launcher gives up (no
@@ -386,7 +387,10 @@ def main() -> None:
     parser.add_argument("--fleets", nargs="+", default=list(FLEETS), help="names, or parts of them")
     parser.add_argument("--logs", type=Path, help="keep the runs' logs in this folder")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--sum", nargs="+", type=Path, metavar="FILE", help="run nothing: print the table of these results together")  # fmt: skip
     options = parser.parse_args()
+    if options.sum:
+        return add_up(options.sum)
     fleets = {name: fleet for name, fleet in FLEETS.items() if any(part in name for part in options.fleets)}  # fmt: skip
     if not fleets:
         raise SystemExit(f"--fleets {options.fleets[0]}: none of {'; '.join(FLEETS)}")
@@ -453,6 +457,19 @@ def report(rows: dict[str, Counter[str]], events: Counter[str], totals: Counter[
     )
     print(f"{totals['runs']} runs of {UPDATES} updates in {totals['starts']} starts: 0 lost, 0 on another curve, {totals['orphans']} ranks outlived their launcher by {GRACE:.0f} s")  # fmt: skip
     print("events the runs wrote: " + ", ".join(f"{kind} {count}" for kind, count in events.most_common()))  # fmt: skip
+
+
+def add_up(files: list[Path]) -> None:
+    """Print the table of several campaigns, of other seeds or launchers."""
+    rows: dict[str, Counter[str]] = {}
+    events, totals = Counter[str](), Counter[str]()
+    for file in files:
+        document = json.loads(file.read_text())
+        for row in document["rows"]:
+            rows.setdefault(row["launch"], Counter()).update(row["faults"])
+        events.update(document["events"])
+        totals.update(document["totals"])
+    report({name: row for name, row in rows.items() if row}, events, totals)
 
 
 def save(
