@@ -34,10 +34,12 @@ from sltrain_dist.parallel.engine import (
     held_part,
     optimizer_key,
 )
+from sltrain_dist.parallel.masks import choose_masks, masks
 from sltrain_dist.parallel.materialise import OneByOne
 from sltrain_dist.parallel.mesh import Mesh, sum_over_all
 from sltrain_dist.parallel.quantised import Buffer, buffer_state, load_buffers
-from sltrain_dist.parallel.zero_layout import Flat, held_weights, layout_of
+from sltrain_dist.parallel.tensor import all_gather
+from sltrain_dist.parallel.zero_layout import Flat, gathered, held_weights, layout_of, write_slice
 from sltrain_dist.params import collect_specs
 from sltrain_dist.utils.errors import UserError
 
@@ -158,6 +160,11 @@ class ZeroEngine:
             own = full[start:stop].to("cpu", copy=True)
             shape = spec.shape if full.shape == spec.local_shape else full.shape
             state[label] = as_dtensor(self.mesh, own, torch.Size(shape), spec.cut)
+        for name in masks(self.specs):
+            full, spec = self.whole(name), self.specs[name]
+            start, stop = chunk_bounds(full.shape[0], self.mesh.dp_size, self.mesh.dp_rank)
+            own = full[start:stop].to("cpu", copy=True)
+            state[MODEL + name] = as_dtensor(self.mesh, own, torch.Size(spec.shape), spec.cut)
         return state | buffer_state(self.mesh, self.buffers(), copies=True)
 
     def buffers(self) -> list[Buffer]:
@@ -184,6 +191,9 @@ class ZeroEngine:
             self.layout.write(parameter, key, full)
             if key is None:
                 self.layout.refresh(parameter, full)
+        for name in masks(self.specs):
+            labels.add(MODEL + name)
+            self.write_rows(name, 0, held_part(state[MODEL + name]).to(self.mesh.device))
         assert state.keys() == labels, state.keys() ^ labels
 
     def scalars(self) -> dict[str, Any]:
@@ -200,6 +210,34 @@ class ZeroEngine:
     def support_hash(self) -> int:
         replicas = self.mesh.dp_size if self.stage < 3 else 1
         return add_hashes(self.mesh, self._own_hash(), replicas)
+
+    def choose_masks(self) -> None:
+        choose_masks(self.specs, self)
+
+    def whole(self, name: str) -> Tensor:
+        """See `parallel.masks.Holder`."""
+        parameter, spec = self.parameters[name], self.specs[name]
+        held, _ = held_weights(parameter)
+        if self.stage < 3:
+            return held
+        flat = all_gather(held.contiguous(), self.mesh.dp_group).wait().flatten()
+        return flat[: math.prod(spec.local_shape)].view(spec.local_shape)
+
+    def held_rows(self, name: str) -> tuple[int, int]:
+        """See `parallel.masks.Holder`."""
+        shape, parameter = self.specs[name].local_shape, self.parameters[name]
+        if gathered(parameter, math.prod(shape)):
+            return 0, shape[0]
+        held, start = held_weights(parameter)
+        row = math.prod(shape[1:])
+        return min(start // row, shape[0]), min(-(-(start + held.numel()) // row), shape[0])
+
+    @torch.no_grad()
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """See `parallel.masks.Holder`."""
+        shape = self.specs[name].local_shape
+        first = start * math.prod(shape[1:])
+        write_slice(self.parameters[name], rows.flatten(), first, math.prod(shape))
 
     def _entries(self) -> Iterator[tuple[str, str, nn.Parameter, str | None]]:
         """(name in a state, its own name, parameter, optimizer state or None: the weight) of all a checkpoint holds."""

@@ -26,6 +26,24 @@ def held_weights(parameter: nn.Parameter) -> tuple[Tensor, int]:
     return piece, piece.numel() * int(parameter.ds_zero_partition_rank)  # type: ignore[attr-defined]
 
 
+def gathered(parameter: nn.Parameter, numel: int) -> bool:
+    """Whether ``parameter``, of ``numel`` elements, is whole on this rank: always, or small under ZeRO-3."""
+    return parameter.data.numel() == numel
+
+
+def write_slice(parameter: nn.Parameter, part: Tensor, first: int, numel: int) -> None:
+    """Write the model's own weights that this rank holds of a parameter of ``numel`` elements.
+
+    part: its flat elements from ``first`` on, at least those held; all of them where it is `gathered`.
+    """
+    if gathered(parameter, numel):
+        parameter.data.view(-1).copy_(part)
+    if hasattr(parameter, "ds_tensor"):
+        piece, start = held_weights(parameter)
+        real = max(0, min(piece.numel(), numel - start))  # the last ones' slices end in padding
+        piece.view(-1)[:real] = part[start - first : start - first + real]
+
+
 class Layout(Protocol):
     """How to reach the masters and the optimizer state of one DeepSpeed engine."""
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sltrain_dist.model.llama import Llama
 from sltrain_dist.ops.composed import compose_weight, effective_scale
-from sltrain_dist.params.linears import LowRank, ParameterizedLinear, SLTrain
+from sltrain_dist.params.linears import LowRank, SLTrain
+from sltrain_dist.params.parameterized import ParameterizedLinear
 from sltrain_dist.train.parameter_names import blank_specs
 from sltrain_dist.train.pretrained import Pretrained, open_pretrained
 
