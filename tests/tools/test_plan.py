@@ -158,7 +158,7 @@ class Counted(Live):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-@pytest.mark.parametrize("method", ["full", "sltrain"])
+@pytest.mark.parametrize("method", ["full", "sltrain", "slope"])
 @pytest.mark.parametrize("more", [(), ("--sequence_parallel",)])
 def test_the_wire_carries_what_is_computed_again_too(method, more, monkeypatch):
     from sltrain_dist.tools import plan_run
