@@ -34,10 +34,9 @@ from sltrain_dist.parallel.engine import (
     clip_factor,
     count_bytes,
     grouped,
-    held_part,
     optimizer_key,
 )
-from sltrain_dist.parallel.fsdp_shard import fill, local_range, shard, units_of
+from sltrain_dist.parallel.fsdp_shard import Shards, fill, local_range, reshard, shard, units_of
 from sltrain_dist.parallel.masks import choose_masks, masks
 from sltrain_dist.parallel.mesh import Mesh, sum_over_all
 from sltrain_dist.parallel.per_layer import LayerUpdates
@@ -73,7 +72,7 @@ class FsdpEngine:
         self.clip = optimizer_factory.config.grad_clipping
         self.sync_last_only = config.grad_sync == "last"
         self.updates = 0
-        self.half = half = config.dtype == "bfloat16"
+        half = config.dtype == "bfloat16"
         pure = half and not config.master_weights
         model = model_factory(device="meta", dtype=torch.bfloat16 if pure else torch.float32)
         self.specs = collect_specs(model)
@@ -83,6 +82,7 @@ class FsdpEngine:
         offload = CPUOffloadPolicy(pin_memory=pinned) if config.cpu_offload else OffloadPolicy()
         self.module: nn.Module = shard(model, mesh, half, offload)
         self.sharded = fill(self.module, self.specs, seed, mesh, self.home)
+        self.shards = Shards(mesh, self.specs, self.sharded, half)
         self.local = {
             name: nn.Parameter(parameter.to_local().detach())
             for name, parameter in self.sharded.items()
@@ -193,7 +193,7 @@ class FsdpEngine:
             for key, tensor in self._optimizer_tensors(name, local).items():
                 whole = shape if tensor.shape == local.shape else tensor.shape
                 state[optimizer_key(key, name)] = as_dtensor(self.mesh, tensor, whole, cut)
-        return state | {MODEL + name: self._as_dtensor(name) for name in masks(self.specs)}
+        return state | {MODEL + name: self.shards.as_dtensor(name) for name in masks(self.specs)}
 
     def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:
         assert isinstance(self.module, FSDPModule)
@@ -210,7 +210,7 @@ class FsdpEngine:
             source = state[name].to_local()
             if source.data_ptr() != tensor.to_local().data_ptr():
                 tensor.to_local().copy_(source)
-        self._reshard()
+        reshard(self.module)  # after an evaluation the root still holds gathered weights
 
     def scalars(self) -> dict[str, Any]:
         scalars: dict[str, Any] = {"updates": self.updates, "optimizer_steps": self.updates}
@@ -224,38 +224,8 @@ class FsdpEngine:
         return count_bytes(shards, self.optimizer)
 
     def choose_masks(self) -> None:
-        choose_masks(self.specs, self)
-        self._reshard()
-
-    def whole(self, name: str) -> Tensor:
-        """See `parallel.masks.Holder`; weights in the format that the model computes with."""
-        local = self.sharded[name].to_local().detach()
-        if self.half and local.is_floating_point():
-            local = local.bfloat16()
-        spec = self.specs[name]
-        local = local.to(self.mesh.device)
-        return held_part(as_dtensor(self.mesh, local, torch.Size(spec.shape), spec.cut))
-
-    def held_rows(self, name: str) -> tuple[int, int]:
-        """See `parallel.masks.Holder`."""
-        rows = self.specs[name].local_shape[0]
-        return chunk_bounds(rows, self.mesh.shard_size, self.mesh.shard_rank)
-
-    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
-        """See `parallel.masks.Holder`."""
-        first, last = self.held_rows(name)
-        self.sharded[name].to_local().copy_(rows[first - start : last - start])
-
-    def _as_dtensor(self, name: str) -> DTensor:
-        """A parameter as a state has it."""
-        spec, local = self.specs[name], self.sharded[name].to_local().detach()
-        return as_dtensor(self.mesh, local, torch.Size(spec.shape), spec.cut)
-
-    def _reshard(self) -> None:
-        """Let go of gathered weights, which the root still holds after an evaluation: they are stale now."""
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        choose_masks(self.specs, self.shards)
+        reshard(self.module)
 
     def support_hash(self) -> int:
         total = 0

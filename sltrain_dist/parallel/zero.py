@@ -38,8 +38,7 @@ from sltrain_dist.parallel.masks import choose_masks, masks
 from sltrain_dist.parallel.materialise import OneByOne
 from sltrain_dist.parallel.mesh import Mesh, sum_over_all
 from sltrain_dist.parallel.quantised import Buffer, buffer_state, load_buffers
-from sltrain_dist.parallel.tensor import all_gather
-from sltrain_dist.parallel.zero_layout import Flat, gathered, held_weights, layout_of, write_slice
+from sltrain_dist.parallel.zero_layout import Flat, Slices, held_weights, layout_of
 from sltrain_dist.params import collect_specs
 from sltrain_dist.utils.errors import UserError
 
@@ -107,6 +106,7 @@ class ZeroEngine:
         for name, parameter in self.parameters.items():  # read by DeepSpeed's norms
             cut = self.specs[name].cut is not None
             parameter.tensor_model_parallel = parameter.model_parallel = cut  # type: ignore[attr-defined]
+        self.slices = Slices(mesh.dp_group, self.specs, self.parameters)
         self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self._fill()
         self.support_hash()  # compares replicas, before DeepSpeed's broadcast hides a difference
@@ -161,7 +161,7 @@ class ZeroEngine:
             shape = spec.shape if full.shape == spec.local_shape else full.shape
             state[label] = as_dtensor(self.mesh, own, torch.Size(shape), spec.cut)
         for name in masks(self.specs):
-            full, spec = self.whole(name), self.specs[name]
+            full, spec = self.slices.whole(name), self.specs[name]
             start, stop = chunk_bounds(full.shape[0], self.mesh.dp_size, self.mesh.dp_rank)
             own = full[start:stop].to("cpu", copy=True)
             state[MODEL + name] = as_dtensor(self.mesh, own, torch.Size(spec.shape), spec.cut)
@@ -193,7 +193,7 @@ class ZeroEngine:
                 self.layout.refresh(parameter, full)
         for name in masks(self.specs):
             labels.add(MODEL + name)
-            self.write_rows(name, 0, held_part(state[MODEL + name]).to(self.mesh.device))
+            self.slices.write_rows(name, 0, held_part(state[MODEL + name]).to(self.mesh.device))
         assert state.keys() == labels, state.keys() ^ labels
 
     def scalars(self) -> dict[str, Any]:
@@ -212,32 +212,7 @@ class ZeroEngine:
         return add_hashes(self.mesh, self._own_hash(), replicas)
 
     def choose_masks(self) -> None:
-        choose_masks(self.specs, self)
-
-    def whole(self, name: str) -> Tensor:
-        """See `parallel.masks.Holder`."""
-        parameter, spec = self.parameters[name], self.specs[name]
-        held, _ = held_weights(parameter)
-        if self.stage < 3:
-            return held
-        flat = all_gather(held.contiguous(), self.mesh.dp_group).wait().flatten()
-        return flat[: math.prod(spec.local_shape)].view(spec.local_shape)
-
-    def held_rows(self, name: str) -> tuple[int, int]:
-        """See `parallel.masks.Holder`."""
-        shape, parameter = self.specs[name].local_shape, self.parameters[name]
-        if gathered(parameter, math.prod(shape)):
-            return 0, shape[0]
-        held, start = held_weights(parameter)
-        row = math.prod(shape[1:])
-        return min(start // row, shape[0]), min(-(-(start + held.numel()) // row), shape[0])
-
-    @torch.no_grad()
-    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
-        """See `parallel.masks.Holder`."""
-        shape = self.specs[name].local_shape
-        first = start * math.prod(shape[1:])
-        write_slice(self.parameters[name], rows.flatten(), first, math.prod(shape))
+        choose_masks(self.specs, self.slices)
 
     def _entries(self) -> Iterator[tuple[str, str, nn.Parameter, str | None]]:
         """(name in a state, its own name, parameter, optimizer state or None: the weight) of all a checkpoint holds."""

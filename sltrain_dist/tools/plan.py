@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 from sltrain_dist.config import TrainConfig
-from sltrain_dist.model.communication import Situation, ends_bytes, layer_bytes, masks_bytes, sharding_bytes
+from sltrain_dist.model.communication import (
+    Situation,
+    ends_bytes,
+    layer_bytes,
+    masks_bytes,
+    sharding_bytes,
+)
 from sltrain_dist.model.flops import Path, flops_per_token
 from sltrain_dist.parallel.ds_config import load_ds_config
 from sltrain_dist.parallel.tensor import TensorParallel
@@ -225,9 +231,7 @@ def _wire(config: TrainConfig, parameters: dict[str, int], data: int, shards: in
     return sent + share * held * (4 * times + element)
 
 
-def _masks(
-    config: TrainConfig, parameters: dict[str, int], shards: int, element: int
-) -> float:
+def _masks(config: TrainConfig, parameters: dict[str, int], shards: int, element: int) -> float:
     """Of choosing slope's second masks, spread over the updates between."""
     method, values = config.method, parameters["sparse"]
     if method.method != "slope" or not method.mask_change_freq:
