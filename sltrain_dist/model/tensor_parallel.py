@@ -41,14 +41,14 @@ def _check_linear(linear: ParameterizedLinear, size: int, method: MethodConfig) 
         )
     if "b" in linear.specs:
         _check_divides(size, method.rank, "--rank")
-    for name, dim in cut_dims(linear).items():
-        what = f"layer {linear.shape.name}: dimension {dim} of its {name}"
-        _check_divides(size, linear.specs[name].shape[dim], what)
     if problem := linear.part_problem(size):
         fits = ", ".join(str(n) for n in range(1, size) if _fits(linear, n))
         raise UserError(
             f"--tensor_parallel {size}: layer {linear.shape.name}: {problem}; sizes that do: {fits}"
         )
+    for name, dim in cut_dims(linear).items():
+        what = f"layer {linear.shape.name}: dimension {dim} of its {name}"
+        _check_divides(size, linear.specs[name].shape[dim], what)
 
 
 def _fits(linear: ParameterizedLinear, size: int) -> bool:

@@ -69,7 +69,7 @@ def check_patterns(text: str, layers: int) -> None:
     for first, last, pattern in parse_patterns(text)[1]:
         if last >= layers:
             raise UserError(
-                f"{FLAG} {text}: {first}-{last}={pattern} names layer {last}, the model's are 0 to {layers - 1}"
+                f"{FLAG} {text}: {pattern} is for layers up to {last}, and the model's are 0 to {layers - 1}"
             )
 
 
@@ -200,10 +200,12 @@ class Slope(ParameterizedLinear):
 
     def part_problem(self, size: int) -> str | None:
         shape, pattern = self.shape, self.pattern
-        what, length, step = "outputs", shape.out // size, pattern.group
+        what, length, step = "outputs", shape.out, pattern.group
         if shape.row_parallel:
-            what, length, step = "inputs", shape.in_ // size, _columns_step(pattern)
-        return f"{length} {what} a rank are no multiple of {step}" if length % step else None
+            what, length, step = "inputs", shape.in_, _columns_step(pattern)
+        if size == 1 or length % (size * step) == 0:
+            return None
+        return f"its {length} {what} are no multiple of {size} x {step}"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}"

@@ -94,7 +94,8 @@ def test_patterns_of_ranges_of_layers():
     assert [str(layer_pattern(text, n)) for n in (None, 0, 1, 2, 3)] == ["2:4", "2:4", "2:8", "1:2", "2:4"]  # fmt: skip
     check_patterns(text, 3)
     with pytest.raises(
-        UserError, match=r"--slope_pattern .* names layer 2, the model's are 0 to 1"
+        UserError,
+        match=r"--slope_pattern .*: 2:8 is for layers up to 2, and the model's are 0 to 1",
     ):
         check_patterns(text, 2)
     model = ModelConfig("tiny", 256, 64, 96, 3, 4, 4, 16)
