@@ -66,7 +66,7 @@ def layer_pattern(text: str, layer: int | None) -> Pattern:
 
 def check_patterns(text: str, layers: int) -> None:
     """Refuse ranges that the model's ``layers`` do not have; raises UserError."""
-    for first, last, pattern in parse_patterns(text)[1]:
+    for _, last, pattern in parse_patterns(text)[1]:
         if last >= layers:
             raise UserError(
                 f"{FLAG} {text}: {pattern} is for layers up to {last}, and the model's are 0 to {layers - 1}"
