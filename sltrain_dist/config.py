@@ -15,7 +15,7 @@ from sltrain_dist.utils.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 
-Method = Literal["full", "low_rank", "sltrain"]
+Method = Literal["full", "low_rank", "sltrain", "slope"]
 SupportKind = Literal["fan_in", "uniform", "block"]
 Dtype = Literal["float32", "bfloat16"]
 Checkpointing = Literal["none", "block", "selective"]
@@ -227,7 +227,7 @@ def _from_hf(raw: Any, path: Path, flag: str) -> ModelConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """What a linear's weight is made of: W = scale * B A + S (SLTrain), or dense, or low rank only."""
+    """What a linear's weight is made of: W = scale * B A + S (SLTrain), or dense, low rank only, or N:M pruned (SLoPe)."""
 
     method: Method = "sltrain"
     rank: int = 128  # columns of B
@@ -240,6 +240,8 @@ class MethodConfig:
     support: SupportKind = "fan_in"
     block_size: int = 16  # edge of the blocks of support "block"
     seed: int = 42  # of the support and of all initial values
+    pattern: str = "2:4"  # of slope: N:M, and others for ranges of layers, as "2:4,8-15=2:8"
+    mask_change_freq: int = 100  # of slope: updates between choices of the second mask; 0: never
 
     @property
     def scale(self) -> float:

@@ -16,8 +16,11 @@ over t tensor-parallel ranks and d that shard, one decoder layer sends, forward 
 Where a block's forward runs again (checkpointing "block"), all of it but its last reduction: activations 2 (t-1)/t n D z
 more, 3 with SP, factors 7 (t-1)/t r D z.
 
+Under --method slope offsets include the second masks; every --mask_change_freq updates a rank gathers, once more, the
+values and their positions.
+
 (g: bytes of a gradient as it is reduced). What a tensor-parallel layer costs in activations does not
-depend on the method; dense linears have no factors. Apart from layers: embedding, head and loss.
+depend on the method; dense and pruned linears have no factors. Apart from layers: embedding, head and loss.
 """
 
 from dataclasses import dataclass
@@ -62,7 +65,7 @@ def layer_bytes(config: ModelConfig, method: MethodConfig, situation: Situation)
     if situation.again:
         passes += 3 if situation.sequence else 2
         gathers += 7
-    factors = 0 if method.method == "full" else gathers * method.rank * hidden
+    factors = 0 if method.method in ("full", "slope") else gathers * method.rank * hidden
     norms = 4 * hidden if situation.sequence else 0
     return LayerBytes(
         passes * share * situation.tokens * hidden * z, share * factors * z, share * norms * z
@@ -94,3 +97,13 @@ def sharding_bytes(
     """
     gathered = 2 * (elements * element + indices)
     return (shards - 1) / shards * (gathered + elements * gradient) / tensor
+
+
+def masks_bytes(values: float, positions: float, shards: int, tensor: int, element: int) -> float:
+    """Bytes a rank sends where slope's second masks are chosen anew under FSDP2 or ZeRO-3 (parallel.masks).
+
+    Args:
+        values: kept weights of the model. positions: bytes of their packed offsets.
+        shards: d. tensor: t. element: bytes of a weight as it is computed with.
+    """
+    return (shards - 1) / shards * (values * element + positions) / tensor

@@ -8,17 +8,22 @@ traffic. Per linear with out x in weights, rank r, density d, n tokens per pass 
     sltrain, composed     forward 2 out in + 2 r out in / n         both  6 out in + 8 r out in / n
     sltrain, factorized   forward 2 r (out + in) + 2 d out in       both  6 r (out + in) + 6 d out in [+ 2 r in]
     sltrain, needed       forward 2 r (out + in) + 2 d out in       both  6 r (out + in) + 6 d out in
+    slope, as computed    forward 2 out in                          both  6 out in
+    slope, needed         forward 2 p out in                        both  (4 p + 2 q) out in
 
 (composed builds W = B A + S once per forward and again in backward, and forms dB and dA from dW;
-factorized counts x A^T again in backward, as it is where it is not kept; needed is what no implementation can do without).
+factorized counts x A^T again in backward, as it is where it is not kept; needed is what no implementation can do without;
+p = N/M, and q is what the second pruning leaves, expected of random weights: 0.406 for 2:4. Long and thin matrices stay dense.)
 Attention adds 4 T H Dh in forward and twice that in backward for T tokens per sample; kernels that
 recompute the scores in backward do 2 T H Dh more, which is not counted. The head adds 6 D V.
 """
 
-from dataclasses import dataclass
+import collections
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sltrain_dist.config import Checkpointing, MethodConfig, ModelConfig
+from sltrain_dist.params.slope import layer_pattern, stays_dense
 
 Path = Literal["composed", "factorized", "needed"]
 
@@ -51,6 +56,11 @@ def linear_flops(
     factors = 2.0 * method.rank * (out_features + in_features)
     if method.method == "full":
         return Flops(dense, 2 * dense)
+    if method.method == "slope":
+        if path != "needed" or stays_dense(out_features, in_features):
+            return Flops(dense, 2 * dense)
+        pattern = layer_pattern(method.pattern, None)
+        return Flops(pattern.density * dense, (pattern.density + pattern.density_twice) * dense)
     if method.method == "low_rank":
         return Flops(factors, 2 * factors)
     if path != "composed":
@@ -79,9 +89,7 @@ def flops_per_token(
         checkpointing: "block" runs the forward of all blocks a second time in backward; "selective" no product.
     """
     width = config.padded_intermediate_size
-    blocks = _block_flops(config, method, width, sequence_length, path, tokens).times(
-        config.num_hidden_layers
-    )
+    blocks = _all_blocks(config, method, width, sequence_length, path, tokens)
     if checkpointing == "block":
         blocks += Flops(0.0, blocks.forward)
     return blocks + _head_flops(config)
@@ -95,8 +103,26 @@ def model_flops_per_token(config: ModelConfig, method: MethodConfig, sequence_le
     model's count is not used: it would credit sltrain with work that it does not need.
     """
     pairs = (sequence_length + 1) / 2
-    block = _block_flops(config, method, config.intermediate_size, pairs, "needed", 1)
-    return block.times(config.num_hidden_layers) + _head_flops(config)
+    blocks = _all_blocks(config, method, config.intermediate_size, pairs, "needed", 1)
+    return blocks + _head_flops(config)
+
+
+def _all_blocks(
+    config: ModelConfig,
+    method: MethodConfig,
+    width: int,
+    attended: float,
+    path: Path,
+    tokens: float,
+) -> Flops:
+    """All decoder blocks, whose patterns may differ under slope; arguments as of `_block_flops`."""
+    layers = range(config.num_hidden_layers)
+    alike = collections.Counter(str(layer_pattern(method.pattern, layer)) for layer in layers)
+    total = Flops(0.0, 0.0)
+    for pattern, count in alike.items():
+        of_layer = replace(method, pattern=pattern)
+        total += _block_flops(config, of_layer, width, attended, path, tokens).times(count)
+    return total
 
 
 def _block_flops(

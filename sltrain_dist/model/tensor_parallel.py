@@ -39,11 +39,21 @@ def _check_linear(linear: ParameterizedLinear, size: int, method: MethodConfig) 
             f"--tensor_parallel {size}: --support uniform is one sample of the whole matrix and cannot be cut;"
             " take --support fan_in or block, or --tensor_parallel 1"
         )
-    if method.method != "full":
+    if "b" in linear.specs:
         _check_divides(size, method.rank, "--rank")
+    if problem := linear.part_problem(size):
+        fits = ", ".join(str(n) for n in range(1, size) if _fits(linear, n))
+        raise UserError(
+            f"--tensor_parallel {size}: layer {linear.shape.name}: {problem}; sizes that do: {fits}"
+        )
     for name, dim in cut_dims(linear).items():
         what = f"layer {linear.shape.name}: dimension {dim} of its {name}"
         _check_divides(size, linear.specs[name].shape[dim], what)
+
+
+def _fits(linear: ParameterizedLinear, size: int) -> bool:
+    shapes = [linear.specs[name].shape[dim] for name, dim in cut_dims(linear).items()]
+    return not any(length % size for length in shapes) and not linear.part_problem(size)
 
 
 def _check_divides(size: int, length: int, what: str) -> None:

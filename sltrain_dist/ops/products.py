@@ -6,6 +6,7 @@ node keeps shards only, and hands the gathered tensors to these functions.
     dense      y = x W^T                           tensors: weight
     low_rank   y = s * (x A^T) B^T                 tensors: b, a, scaling
     sltrain    y = x (s * B A + S)^T               tensors: b, a, values, offsets, scaling
+    slope      y = x W^T, W pruned                 tensors: values, offsets, backward
 
 s = scale, or tanh(scaling) where it is trained. Shapes: n tokens, r rank, out and in the features.
 """
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from sltrain_dist.ops.composed import effective_scale
 from sltrain_dist.ops.linear import Path, keeps_hidden
+from sltrain_dist.ops.pattern import Pattern
 from sltrain_dist.ops.precision import compute_dtype, widened
+from sltrain_dist.ops.pruned import pruned_linear, pruned_linear_backward
 from sltrain_dist.ops.tiles import Tiles
 
 Tensors = Mapping[str, Tensor | None]
@@ -129,3 +132,23 @@ class SLTrain:
             if tensors[name] is not None
         }
         return dx if need_x else None, found
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """y = x W^T with W pruned N:M, and dx by the W that is pruned twice (ops.pruned)."""
+
+    pattern: Pattern
+
+    def forward(self, x: Tensor, tensors: Tensors, keep: bool) -> tuple[Tensor, Tensor | None]:
+        inputs = (tensors["values"], tensors["offsets"], tensors["backward"], None)
+        y: Tensor = pruned_linear(x, *inputs, self.pattern.kept, self.pattern.group)
+        return y, None
+
+    def backward(
+        self, dy: Tensor, x: Tensor, tensors: Tensors, hidden: Tensor | None, need_x: bool
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        inputs = (tensors["values"], tensors["offsets"], tensors["backward"])
+        sizes = (self.pattern.kept, self.pattern.group)
+        dx, dvalues = pruned_linear_backward(dy, x, *inputs, *sizes, [need_x, True])
+        return dx if need_x else None, {"values": dvalues}

@@ -148,7 +148,7 @@ class Engine(Protocol):
     def state(self) -> dict[str, DTensor]:
         """What a checkpoint holds: "model.<parameter>", "optimizer.<state>.<parameter>", and `quantised` moments.
 
-        Trainable parameters only, as `as_dtensor` cuts them, float32 masters where there are any. To be
+        Trainable parameters and masks, as `as_dtensor` cuts them, float32 masters where there are any. To be
         read, or to be loaded into and handed to `load_state`. Collective under ZeRO.
         """
         ...
@@ -174,6 +174,10 @@ class Engine(Protocol):
 
     def support_hash(self) -> int:
         """Layout-free hash of the offsets that are really on the devices (params.partial_hash)."""
+        ...
+
+    def choose_masks(self) -> None:
+        """Choose the second masks of method slope from the weights as they are (parallel.masks); collective."""
         ...
 
 
@@ -323,4 +327,6 @@ def build_engine(
             f"--engine {engine_config.engine}: unknown; engines are {', '.join(ENGINES)}"
         )
     builder = ENGINES[engine_config.engine]
-    return builder(model_factory, mesh, engine_config, optimizer_factory, seed)
+    engine = builder(model_factory, mesh, engine_config, optimizer_factory, seed)
+    engine.choose_masks()
+    return engine

@@ -36,7 +36,8 @@ from sltrain_dist.parallel.engine import (
     grouped,
     optimizer_key,
 )
-from sltrain_dist.parallel.fsdp_shard import fill, local_range, shard, units_of
+from sltrain_dist.parallel.fsdp_shard import Shards, fill, local_range, reshard, shard, units_of
+from sltrain_dist.parallel.masks import choose_masks, masks
 from sltrain_dist.parallel.mesh import Mesh, sum_over_all
 from sltrain_dist.parallel.per_layer import LayerUpdates
 from sltrain_dist.parallel.quantised import Buffer, Fragment, buffer_state, load_buffers
@@ -81,6 +82,7 @@ class FsdpEngine:
         offload = CPUOffloadPolicy(pin_memory=pinned) if config.cpu_offload else OffloadPolicy()
         self.module: nn.Module = shard(model, mesh, half, offload)
         self.sharded = fill(self.module, self.specs, seed, mesh, self.home)
+        self.shards = Shards(mesh, self.specs, self.sharded, half)
         self.local = {
             name: nn.Parameter(parameter.to_local().detach())
             for name, parameter in self.sharded.items()
@@ -191,7 +193,7 @@ class FsdpEngine:
             for key, tensor in self._optimizer_tensors(name, local).items():
                 whole = shape if tensor.shape == local.shape else tensor.shape
                 state[optimizer_key(key, name)] = as_dtensor(self.mesh, tensor, whole, cut)
-        return state
+        return state | {MODEL + name: self.shards.as_dtensor(name) for name in masks(self.specs)}
 
     def load_state(self, state: dict[str, DTensor], scalars: dict[str, Any]) -> None:
         assert isinstance(self.module, FSDPModule)
@@ -208,10 +210,7 @@ class FsdpEngine:
             source = state[name].to_local()
             if source.data_ptr() != tensor.to_local().data_ptr():
                 tensor.to_local().copy_(source)
-        # After an evaluation the root still holds gathered weights, which are now stale.
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(self.module)  # after an evaluation the root still holds gathered weights
 
     def scalars(self) -> dict[str, Any]:
         scalars: dict[str, Any] = {"updates": self.updates, "optimizer_steps": self.updates}
@@ -223,6 +222,10 @@ class FsdpEngine:
     def held_bytes(self) -> dict[str, int]:
         shards = ((p.to_local(), p.requires_grad) for p in self.sharded.values())
         return count_bytes(shards, self.optimizer)
+
+    def choose_masks(self) -> None:
+        choose_masks(self.specs, self.shards)
+        reshard(self.module)
 
     def support_hash(self) -> int:
         total = 0

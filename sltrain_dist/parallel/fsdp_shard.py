@@ -2,14 +2,15 @@
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from sltrain_dist.parallel.engine import chunk_bounds
+from sltrain_dist.parallel.engine import as_dtensor, chunk_bounds, held_part
 from sltrain_dist.parallel.mesh import Mesh
 from sltrain_dist.params import ParameterSpec
 
@@ -87,6 +88,49 @@ def fill(
         spec.fill(parameter.to_local(), seed, name, local_range(spec, mesh)[0])
         sharded[name] = parameter
     return sharded
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of gathered weights, which are stale once shards have been written."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A filled model's shards by name; a `parallel.masks.Holder`.
+
+    half: the model computes in bfloat16, whatever the shards are.
+    """
+
+    mesh: Mesh
+    specs: dict[str, ParameterSpec]
+    sharded: dict[str, DTensor]
+    half: bool
+
+    def as_dtensor(self, name: str) -> DTensor:
+        """A parameter as a state has it."""
+        return self._placed(name, self.sharded[name].to_local().detach())
+
+    def whole(self, name: str) -> Tensor:
+        """Weights in the format that the model computes with."""
+        local = self.sharded[name].to_local().detach().to(self.mesh.device)
+        if self.half and local.is_floating_point():
+            local = local.bfloat16()
+        return held_part(self._placed(name, local))
+
+    def held_rows(self, name: str) -> tuple[int, int]:
+        rows = self.specs[name].local_shape[0]
+        return chunk_bounds(rows, self.mesh.shard_size, self.mesh.shard_rank)
+
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+        first, last = self.held_rows(name)
+        self.sharded[name].to_local().copy_(rows[first - start : last - start])
+
+    def _placed(self, name: str, local: Tensor) -> DTensor:
+        spec = self.specs[name]
+        return as_dtensor(self.mesh, local, torch.Size(spec.shape), spec.cut)
 
 
 def _to_real(model: nn.Module, device: torch.device) -> None:

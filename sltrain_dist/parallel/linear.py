@@ -1,7 +1,7 @@
 """Column- and row-parallel linears of every parameterization, as one autograd node that keeps shards only.
 
     column (q, k, v, gate, up)         row (o, down)
-    B, values, offsets cut by rows     A, values, offsets cut by columns
+    B, values, offsets cut by rows     A, values, offsets cut by columns   (and slope's second mask)
     A [r/t, in] cut along r            B [out, r/t] cut along r
     y_i = x (s B_i A + S_i)^T          y = sum_i x_i (s B A_i + S_i)^T
 
@@ -24,9 +24,12 @@ from sltrain_dist.ops.products import LowRank as LowRankProduct
 from sltrain_dist.ops.products import Product
 from sltrain_dist.parallel.tensor import SEQUENCE, TensorParallel, gather_dim, scatter_dim
 from sltrain_dist.params.initial import Cut
-from sltrain_dist.params.linears import ParameterizedLinear, SLTrain
+from sltrain_dist.params.linears import SLTrain
+from sltrain_dist.params.parameterized import ParameterizedLinear
 
 TRAINED = ("weight", "b", "a", "values", "scaling")
+FROZEN = ("offsets", "backward")
+_NAMES = (*TRAINED, *FROZEN)
 
 
 class Region:
@@ -134,7 +137,7 @@ class ParallelLinear:
 
     def _multiplied(self, x: Tensor, product: Product, without: tuple[str, ...] = ()) -> Tensor:
         """The product with the parameters that are there, but for those named ``without``."""
-        tensors: dict[str, Tensor | None] = dict.fromkeys((*TRAINED, "offsets"))
+        tensors: dict[str, Tensor | None] = dict.fromkeys(_NAMES)
         for name, parameter in self.linear.named_parameters(recurse=False):
             if name not in ("bias", *without):
                 tensors[name] = self.tp.shared(parameter) if name == "scaling" else parameter
@@ -205,12 +208,12 @@ class _Node(torch.autograd.Function):
         dx, found = ctx.product.backward(grads[0], x, gathered, hidden, ctx.needs_input_grad[5])
         if linear.factor in found:
             found[linear.factor] = scatter_dim(found[linear.factor], linear.dim, linear.tp.group)
-        return None, None, None, None, None, dx, *(found.get(name) for name in TRAINED), None
+        return None, None, None, None, None, dx, *(found.get(name) for name in _NAMES)
 
 
 def _gathered(linear: ParallelLinear, tensors: Any, backward: bool) -> dict[str, Tensor | None]:
     """The tensors by name, the factor that is cut along r whole."""
-    named = dict(zip((*TRAINED, "offsets"), tensors, strict=True))
+    named = dict(zip(_NAMES, tensors, strict=True))
     if linear.factor is not None and named[linear.factor] is not None:
         named[linear.factor] = linear.region.factor(linear, backward)
     return named

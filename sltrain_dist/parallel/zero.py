@@ -34,10 +34,11 @@ from sltrain_dist.parallel.engine import (
     held_part,
     optimizer_key,
 )
+from sltrain_dist.parallel.masks import choose_masks, masks
 from sltrain_dist.parallel.materialise import OneByOne
 from sltrain_dist.parallel.mesh import Mesh, sum_over_all
 from sltrain_dist.parallel.quantised import Buffer, buffer_state, load_buffers
-from sltrain_dist.parallel.zero_layout import Flat, held_weights, layout_of
+from sltrain_dist.parallel.zero_layout import Flat, Slices, held_weights, layout_of
 from sltrain_dist.params import collect_specs
 from sltrain_dist.utils.errors import UserError
 
@@ -105,6 +106,7 @@ class ZeroEngine:
         for name, parameter in self.parameters.items():  # read by DeepSpeed's norms
             cut = self.specs[name].cut is not None
             parameter.tensor_model_parallel = parameter.model_parallel = cut  # type: ignore[attr-defined]
+        self.slices = Slices(mesh.dp_group, self.specs, self.parameters)
         self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self._fill()
         self.support_hash()  # compares replicas, before DeepSpeed's broadcast hides a difference
@@ -158,6 +160,11 @@ class ZeroEngine:
             own = full[start:stop].to("cpu", copy=True)
             shape = spec.shape if full.shape == spec.local_shape else full.shape
             state[label] = as_dtensor(self.mesh, own, torch.Size(shape), spec.cut)
+        for name in masks(self.specs):
+            full, spec = self.slices.whole(name), self.specs[name]
+            start, stop = chunk_bounds(full.shape[0], self.mesh.dp_size, self.mesh.dp_rank)
+            own = full[start:stop].to("cpu", copy=True)
+            state[MODEL + name] = as_dtensor(self.mesh, own, torch.Size(spec.shape), spec.cut)
         return state | buffer_state(self.mesh, self.buffers(), copies=True)
 
     def buffers(self) -> list[Buffer]:
@@ -184,6 +191,9 @@ class ZeroEngine:
             self.layout.write(parameter, key, full)
             if key is None:
                 self.layout.refresh(parameter, full)
+        for name in masks(self.specs):
+            labels.add(MODEL + name)
+            self.slices.write_rows(name, 0, held_part(state[MODEL + name]).to(self.mesh.device))
         assert state.keys() == labels, state.keys() ^ labels
 
     def scalars(self) -> dict[str, Any]:
@@ -200,6 +210,9 @@ class ZeroEngine:
     def support_hash(self) -> int:
         replicas = self.mesh.dp_size if self.stage < 3 else 1
         return add_hashes(self.mesh, self._own_hash(), replicas)
+
+    def choose_masks(self) -> None:
+        choose_masks(self.specs, self.slices)
 
     def _entries(self) -> Iterator[tuple[str, str, nn.Parameter, str | None]]:
         """(name in a state, its own name, parameter, optimizer state or None: the weight) of all a checkpoint holds."""

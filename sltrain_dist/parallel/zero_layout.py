@@ -8,14 +8,19 @@ All are read as full tensors, one parameter at a time, and written from full ten
 free of deepspeed imports: it works on what DeepSpeed hangs on the parameters.
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from sltrain_dist.parallel.engine import Group, OptimizerFactory, grouped
 from sltrain_dist.parallel.quantised import Fragment
+from sltrain_dist.parallel.tensor import all_gather
+from sltrain_dist.params import ParameterSpec
 
 
 def held_weights(parameter: nn.Parameter) -> tuple[Tensor, int]:
@@ -24,6 +29,46 @@ def held_weights(parameter: nn.Parameter) -> tuple[Tensor, int]:
     if piece is None:
         return parameter.data, 0
     return piece, piece.numel() * int(parameter.ds_zero_partition_rank)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The model's own weights by name: whole on every rank, or ZeRO-3's slices; a `parallel.masks.Holder`."""
+
+    group: ProcessGroup
+    specs: dict[str, ParameterSpec]
+    parameters: dict[str, nn.Parameter]
+
+    def whole(self, name: str) -> Tensor:
+        held, _ = held_weights(self.parameters[name])
+        if not hasattr(self.parameters[name], "ds_tensor"):
+            return held
+        shape = self.specs[name].local_shape
+        flat = all_gather(held.contiguous(), self.group).wait().flatten()
+        return flat[: math.prod(shape)].view(shape)
+
+    def held_rows(self, name: str) -> tuple[int, int]:
+        shape = self.specs[name].local_shape
+        if self._is_gathered(name):
+            return 0, shape[0]
+        held, start = held_weights(self.parameters[name])
+        row = math.prod(shape[1:])
+        return min(start // row, shape[0]), min(-(-(start + held.numel()) // row), shape[0])
+
+    @torch.no_grad()
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+        shape, parameter = self.specs[name].local_shape, self.parameters[name]
+        if self._is_gathered(name):
+            parameter.data.copy_(rows)
+        if hasattr(parameter, "ds_tensor"):
+            piece, first = held_weights(parameter)
+            real = max(0, min(piece.numel(), math.prod(shape) - first))  # slices end in padding
+            skipped = first - start * math.prod(shape[1:])
+            piece.view(-1)[:real] = rows.flatten()[skipped : skipped + real]
+
+    def _is_gathered(self, name: str) -> bool:
+        """Always, but under ZeRO-3 small parameters alone, between updates."""
+        return self.parameters[name].data.numel() == math.prod(self.specs[name].local_shape)
 
 
 class Layout(Protocol):

@@ -8,7 +8,8 @@ from sltrain_dist.params.initial import (
     count_parameters,
     matrix_spec,
 )
-from sltrain_dist.params.linears import PARAMETERIZATIONS, ParameterizedLinear, make_linear
+from sltrain_dist.params.linears import PARAMETERIZATIONS, make_linear
+from sltrain_dist.params.parameterized import ParameterizedLinear
 from sltrain_dist.params.support import Support, partial_hash
 
 __all__ = [

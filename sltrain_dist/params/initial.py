@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sltrain_dist.params.support import Support, partial_hash
 from sltrain_dist.utils import counter_random
 
-Kind = Literal["dense", "low_rank", "sparse", "indices"]
+Kind = Literal["dense", "low_rank", "sparse", "indices", "mask"]
+FROZEN: tuple[Kind, ...] = ("indices", "mask")  # integers; a mask changes while the model trains
 _CHUNK = (
     1 << 16
 )  # elements made at a time: float64 temporaries stay in the cache (3x faster than 1 << 20)
@@ -249,15 +250,17 @@ def collect_specs(model: nn.Module) -> dict[str, ParameterSpec]:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Trained elements by kind, padding not counted, and the bytes of the indices.
+    """Trained elements by kind, padding not counted, and the bytes of the indices, masks among them.
 
     Returns:
         {"total", "low_rank", "sparse", "dense", "indices_bytes"}; indices are in no other count.
     """
     counts = {"total": 0, "low_rank": 0, "sparse": 0, "dense": 0, "indices_bytes": 0}
     for spec in collect_specs(model).values():
-        if isinstance(spec.initial, SupportOffsets):
-            size = spec.initial.support.offset_dtype.itemsize
+        if spec.kind in FROZEN:
+            size = 1  # packed
+            if isinstance(spec.initial, SupportOffsets):
+                size = spec.initial.support.offset_dtype.itemsize
             counts["indices_bytes"] += torch.Size(spec.shape).numel() * size
         else:
             counts[spec.kind] += spec.logical_numel

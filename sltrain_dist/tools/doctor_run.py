@@ -235,12 +235,13 @@ def support(visit: Visit) -> Outcome:
     """Every rank makes the same sparse support; raises UserError, as training would, where not."""
     assert visit.mesh is not None
     seed, method = visit.config.method.seed, visit.config.method
-    if method.method != "sltrain":
+    if method.method not in ("sltrain", "slope"):
         return skipped(f"--method {method.method} has none")
     check_support(visit.mesh, collect_specs(visit.blank), seed)
-    return passed(
-        f"{method.support}, density {method.density:g}, seed {seed}: the same hash on all ranks"
-    )
+    what = f"{method.support}, density {method.density:g}"
+    if method.method == "slope":
+        what = f"{method.pattern} pruned"
+    return passed(f"{what}, seed {seed}: the same hash on all ranks")
 
 
 def checkpoint(visit: Visit) -> Outcome:

@@ -1,7 +1,7 @@
 """Write weights for others to load: a dense LLaMA folder of transformers, or a small factored one of ours.
 
-hf         W = s * B A + S of every linear in float32, padding cut away, under HF's names
-factored   the parameters as they are (B, A, values, offsets, dense rest), sealed by checksums
+hf         W = s * B A + S (slope's with its zeros) of every linear in float32, padding cut away, under HF's names
+factored   the parameters as they are (B, A, values, offsets, slope's second mask, dense rest), sealed by checksums
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from sltrain_dist.config import Dtype, ModelConfig
 from sltrain_dist.data.tokenizer import Tokenizer
+from sltrain_dist.params.initial import FROZEN
+from sltrain_dist.params.parameterized import ParameterizedLinear
 from sltrain_dist.tools.output import blank, new_folder, write_json, write_tensors
 from sltrain_dist.tools.weights import Pretrained, merge, parameterized
 from sltrain_dist.train.parameter_names import blank_specs, logical_shape
@@ -89,11 +91,11 @@ def export_factored(
         UserError: as ``export_hf``.
     """
     specs = blank_specs(pretrained.model, pretrained.method)
-    offsets = {name for name, spec in specs.items() if spec.kind == "indices"}
+    frozen = {name for name, spec in specs.items() if spec.kind in FROZEN}
     modules = parameterized(pretrained)
     like = {
         name: blank(
-            shape, offset_dtype(modules, name) if name in offsets else getattr(torch, dtype)
+            shape, integer_dtype(modules, name) if name in frozen else getattr(torch, dtype)
         )
         for name, shape in pretrained.shapes.items()
     }
@@ -111,7 +113,7 @@ def export_factored(
             "files": file_records(folder),
         }
         write_json(folder / CONFIG, {**document, "seal": seal(document)})
-    parameters = sum(spec.logical_numel for name, spec in specs.items() if name not in offsets)
+    parameters = sum(spec.logical_numel for name, spec in specs.items() if name not in frozen)
     return Exported(output, parameters, written.bytes, density(pretrained), written.shards)
 
 
@@ -121,14 +123,14 @@ EXPORTS: dict[str, Callable[[Pretrained, Path, Dtype, str], Exported]] = {
 }
 
 
-def offset_dtype(modules: dict[str, Any], name: str) -> torch.dtype:
-    """The integer format of one layer's offsets."""
-    dtype: torch.dtype = modules[name.removesuffix(".offsets")].support.offset_dtype
-    return dtype
+def integer_dtype(modules: dict[str, ParameterizedLinear], name: str) -> torch.dtype:
+    """The integer format of one layer's offsets or mask."""
+    owner, _, leaf = name.rpartition(".")
+    return modules[owner].get_parameter(leaf).dtype
 
 
 def density(pretrained: Pretrained) -> float | None:
-    """Entries of S over entries of the matrices, padding in neither; None without S."""
+    """Entries of S over entries of the matrices, padding in neither; None without S, which slope's values are not."""
     if pretrained.method.method != "sltrain":
         return None
     specs = blank_specs(pretrained.model, pretrained.method)

@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 from sltrain_dist.config import TrainConfig
-from sltrain_dist.model.communication import Situation, ends_bytes, layer_bytes, sharding_bytes
+from sltrain_dist.model.communication import (
+    Situation,
+    ends_bytes,
+    layer_bytes,
+    masks_bytes,
+    sharding_bytes,
+)
 from sltrain_dist.model.flops import Path, flops_per_token
 from sltrain_dist.parallel.ds_config import load_ds_config
 from sltrain_dist.parallel.tensor import TensorParallel
@@ -216,12 +222,23 @@ def _wire(config: TrainConfig, parameters: dict[str, int], data: int, shards: in
         gathered = sharding_bytes(trained, offsets, shards, t, element, 0)
         reduced = sharding_bytes(trained, 0, shards, t, 0, 4)
         copies = engine.replicate
+        sent += _masks(config, parameters, shards, element)
         reduced += 2 * (copies - 1) / copies * held * 4 / shards
         return sent + steps * gathered + (1 if engine.grad_sync == "last" else steps) * reduced
     if engine.stage == 0:
         return sent + 2 * share * held * 4
     times = steps if engine.stage == 2 else 1
     return sent + share * held * (4 * times + element)
+
+
+def _masks(config: TrainConfig, parameters: dict[str, int], shards: int, element: int) -> float:
+    """Of choosing slope's second masks, spread over the updates between."""
+    method, values = config.method, parameters["sparse"]
+    if method.method != "slope" or not method.mask_change_freq:
+        return 0.0
+    positions = parameters["indices_bytes"] - values / 8
+    sent = masks_bytes(values, positions, shards, config.engine.tensor_parallel, element)
+    return sent / method.mask_change_freq
 
 
 def _flops(config: TrainConfig, paths: LinearPaths) -> float:

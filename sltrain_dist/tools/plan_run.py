@@ -27,6 +27,7 @@ from sltrain_dist.parallel.fake import fsdp_param
 from sltrain_dist.parallel.mesh import Mesh
 from sltrain_dist.parallel.tensor import tensor_parallel
 from sltrain_dist.params import ParameterSpec
+from sltrain_dist.params.initial import FROZEN
 from sltrain_dist.tools.plan_live import Live
 from sltrain_dist.tools.plan_zero import ZeroRank
 from sltrain_dist.train.build import make_model
@@ -108,9 +109,8 @@ class _Blank(ParameterSpec):
 
 
 def _blank(spec: ParameterSpec) -> ParameterSpec:
-    kind = (
-        "dense" if spec.kind == "indices" else spec.kind
-    )  # so that no ranks' supports are compared
+    # So that no ranks' supports are compared, and no masks chosen.
+    kind = "dense" if spec.kind in FROZEN else spec.kind
     return _Blank(spec.shape, kind, spec.logical_numel, spec.initial, spec.cut)
 
 

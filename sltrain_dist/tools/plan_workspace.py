@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltrain_dist.ops import composed, cross_entropy, factorized
+from sltrain_dist.ops import composed, cross_entropy, factorized, pruned
+from sltrain_dist.ops.pattern import Pattern
 from sltrain_dist.ops.precision import compute_dtype
 from sltrain_dist.ops.tiles import Tiles, matrix_shape
 
@@ -56,6 +57,20 @@ def _factorized_backward(args: tuple[Any, ...], device: str) -> int:
     return _factorized((x, b, a, values, offsets, None, scaling, *rest), device, "backward")
 
 
+def _pruned(args: tuple[Any, ...], device: str, part: str) -> int:
+    x, values, _, _, _, *sizes = args
+    pattern = Pattern(*sizes)
+    out, in_ = values.shape[0], pattern.in_features(values.shape[1])
+    element = _element(x, device)
+    declared: dict[str, int] = pruned.workspace_bytes(out, in_, pattern, element)
+    return declared[part] + _widened(args, out, element)
+
+
+def _pruned_backward(args: tuple[Any, ...], device: str) -> int:
+    _, x, values, offsets, backward, kept, group, _ = args
+    return _pruned((x, values, offsets, backward, None, kept, group), device, "backward")
+
+
 def _loss(args: tuple[Any, ...], device: str) -> int:
     """torch's chunked loss: what it declares to allocate, without the two gradients that it returns."""
     hidden, weight = args[:2]
@@ -83,5 +98,7 @@ _RULES: dict[str, Callable[[tuple[Any, ...], str], int]] = {
     "sltrain_dist::composed_linear_backward": _composed_backward,
     "sltrain_dist::factorized_linear": lambda args, device: _factorized(args, device, "forward"),
     "sltrain_dist::factorized_linear_backward": _factorized_backward,
+    "sltrain_dist::pruned_linear": lambda args, device: _pruned(args, device, "forward"),
+    "sltrain_dist::pruned_linear_backward": _pruned_backward,
     "torch_nn::_linear_cross_entropy_batch_chunked": _loss,
 }

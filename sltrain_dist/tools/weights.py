@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from sltrain_dist.model.llama import Llama
 from sltrain_dist.ops.composed import compose_weight, effective_scale
-from sltrain_dist.params.linears import LowRank, ParameterizedLinear, SLTrain
+from sltrain_dist.ops.pruned import compose
+from sltrain_dist.params.linears import LowRank, SLTrain
+from sltrain_dist.params.parameterized import Dense, ParameterizedLinear
+from sltrain_dist.params.slope import Slope
 from sltrain_dist.train.parameter_names import blank_specs
 from sltrain_dist.train.pretrained import Pretrained, open_pretrained
 
@@ -80,13 +83,17 @@ def merge(pretrained: Pretrained) -> Pretrained:
 
 @torch.no_grad()
 def _dense_weight(pretrained: Pretrained, name: str, linear: ParameterizedLinear) -> Tensor:
-    """W = s * B A, or s * B A + S, of one linear; physical [out, in], float32."""
-    assert isinstance(linear, LowRank)
+    """W of one linear, as its method makes it; physical [out, in], float32."""
 
     def read(part: str) -> Tensor:
         tensor = pretrained.read(f"{name}.{part}")
         return tensor.float() if tensor.is_floating_point() else tensor
 
+    if isinstance(linear, Dense):  # that slope leaves so
+        return read("weight")
+    if isinstance(linear, Slope):
+        return compose(read("values"), read("offsets"), linear.pattern)
+    assert isinstance(linear, LowRank)
     b, a, scale = read("b"), read("a"), linear.method.scale
     scaling = None if linear.scaling is None else read("scaling")
     if not isinstance(linear, SLTrain):

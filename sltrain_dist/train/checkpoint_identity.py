@@ -21,11 +21,13 @@ _METHOD_FLAGS = {
     "density": "--sp_ratio",
     "support": "--support",
     "block_size": "--block_size",
+    "pattern": "--slope_pattern",
 }
 _METHOD_FIELDS = {  # the fields of MethodConfig that change the model, by method
     "full": (),
     "low_rank": ("rank", "alpha", "train_scaling"),
     "sltrain": ("rank", "alpha", "train_scaling", "density", "support"),
+    "slope": ("pattern",),
 }
 _DATA_FLAGS = {  # the fields of DataConfig that the order of samples depends on
     "sequence_length": "--max_length",
@@ -49,6 +51,7 @@ _CHANGES = (  # what may change on a resume, and is then said: (part of the conf
     ("optimizer", "proj_scale", "--proj_scale"),
     ("optimizer", "rounding", "rounding of bfloat16 weights"),
     ("method", "dropout", "--lora_dropout"),
+    ("method", "mask_change_freq", "--mask_change_freq"),
     ("engine", "per_layer", "--per_layer"),
     ("engine", "master_weights", "float32 masters"),
     ("engine", "dtype", "--dtype"),

@@ -5,6 +5,10 @@ Called by `train.settings` on finished settings, before anything is built; every
 
 from typing import Any
 
+from sltrain_dist.config import MethodConfig, ModelConfig
+from sltrain_dist.model.llama import Llama
+from sltrain_dist.params.slope import check_patterns
+from sltrain_dist.train.flags import FLAGS
 from sltrain_dist.utils.errors import UserError
 
 
@@ -36,6 +40,20 @@ def check_linear_path(settings: dict[str, Any]) -> None:
             f"--keep_hidden {settings['keep_hidden']}: only factorized linears of --method sltrain have x A^T to "
             "keep; leave it out, or take --linear_path factorized"
         )
+
+
+def check_slope(settings: dict[str, Any], model: ModelConfig) -> None:
+    """The flags of --method slope against the method and the model, whose layers' sizes its patterns must fit."""
+    if settings["method"] != "slope":
+        for name in ("slope_pattern", "mask_change_freq"):
+            if settings[name] != FLAGS[name].default:
+                raise UserError(
+                    f"--{name} {settings[name]}: --method {settings['method']} prunes nothing; leave it out, or train with "
+                    "--method slope"
+                )
+        return
+    check_patterns(settings["slope_pattern"], model.num_hidden_layers)
+    Llama(model, MethodConfig(method="slope", pattern=settings["slope_pattern"]))
 
 
 def check_activations(settings: dict[str, Any], stage: int) -> None:

@@ -45,7 +45,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "model and method": (
         Flag("model", "preset (llama_9m ... llama_13b, llama_demo), HF config.json or folder", "llama_demo"),
         Flag("model_config", "the reference's name for --model; implies its defaults, corpus c4 and support uniform"),
-        Flag("method", "what linears are made of", "sltrain", choices=("sltrain", "low_rank", "full")),
+        Flag("method", "what linears are made of", "sltrain", choices=("sltrain", "low_rank", "full", "slope")),
         Flag("peft_model", "the reference's name for --method; implies its defaults", choices=("sltrain", "full")),
         Flag("rank", "columns of B; derived: the recipe of the model, else hidden size / 4", kind=int),
         Flag("sp_ratio", "density of S, in (0, 1)", 0.03, float),
@@ -54,6 +54,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("train_scaling", "train the scale, as tanh(scaling)", False, None),
         Flag("support", "kind of sparse support", "fan_in", choices=("fan_in", "uniform", "block")),
         Flag("block_size", "edge of the blocks of --support block, elements", 16, int),
+        Flag("slope_pattern", "of --method slope: N of M neighbouring weights are kept; other ones for ranges of layers as 2:4,8-15=2:8", "2:4"),
+        Flag("mask_change_freq", "of --method slope: updates between choices of the second mask, which the gradient of a layer's input takes; 0: never",
+             100, int),
         Flag("use_hf_model", "train transformers' LlamaForCausalLM with its linears replaced", False, None),
         Flag("attention", "attention back end", "auto", choices=("auto", "sdpa", "flash_attn")),
         Flag("norm", "RMSNorm back end", "auto", choices=("auto", "torch", "apex")),

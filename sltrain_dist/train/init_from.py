@@ -18,6 +18,7 @@ from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.parallel.engine import ModelFactory
 from sltrain_dist.parallel.mesh import Mesh, gather_patiently
 from sltrain_dist.params import ParameterSpec
+from sltrain_dist.params.initial import FROZEN
 from sltrain_dist.train.pretrained import Pretrained, open_pretrained
 from sltrain_dist.train.summary import say
 from sltrain_dist.utils.errors import UserError
@@ -29,6 +30,7 @@ _FIELDS = {
     "full": (),
     "low_rank": ("rank", "alpha", "train_scaling"),
     "sltrain": ("rank", "alpha", "train_scaling", "density", "support", "seed"),
+    "slope": ("pattern", "seed"),
 }
 _FLAGS = {
     "rank": "--rank",
@@ -38,6 +40,7 @@ _FLAGS = {
     "support": "--support",
     "block_size": "--block_size",
     "seed": "--seed",
+    "pattern": "--slope_pattern",
 }
 
 
@@ -78,7 +81,8 @@ class Start:
         for module in model.modules():
             specs: dict[str, ParameterSpec] = getattr(module, "specs", {})
             for name, spec in specs.items():
-                if spec.kind != "indices":  # which are our generator's: the seeds are the same
+                # Indices are our generator's, for the seeds are the same; masks are chosen from the values.
+                if spec.kind not in FROZEN:
                     specs[name] = dataclasses.replace(spec, initial=self._stored)
         return model
 
@@ -139,7 +143,7 @@ def _check_method(source: Pretrained, here: MethodConfig) -> None:
     there = source.method
     if there.method != here.method:
         mend = f"give --method {there.method}"
-        if there.method == "full":
+        if there.method == "full" and here.method != "slope":
             mend += f", or convert it by launcher/import_weights.py --method {here.method}"
         raise UserError(
             f"{_FLAG} {source.path}: holds weights of --method {there.method}, this run has --method "

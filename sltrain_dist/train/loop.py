@@ -27,7 +27,7 @@ from sltrain_dist.train.saves import FINAL_TRIES, LAST_WORDS, Saves, describe
 from sltrain_dist.train.summary import human_bytes, own_peak, say, throughput
 from sltrain_dist.train.timing import Stopwatch, Wire, listening, slowest
 from sltrain_dist.train.trace import Trace
-from sltrain_dist.train.update import update
+from sltrain_dist.train.update import choose_masks, update
 from sltrain_dist.utils.errors import UserError
 from sltrain_dist.utils.interrupt import InterruptError, ignore, signal_name
 
@@ -110,6 +110,7 @@ def _step(run: Run, parts: Parts) -> int:
     )
     with listening(mesh.device) if sampled else contextlib.nullcontext(Wire()) as wire:
         loss, tokens, norm = update(run, batches, lr, clock=parts.clock, refuses=refuses)
+        choose_masks(run.engine, config.method, number)
     phases = parts.clock.end()
     parts.trace.end(number)
     parts.saves.poll()

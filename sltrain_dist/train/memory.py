@@ -5,7 +5,7 @@ ranks), E those of embedding or head, U those of a block, L blocks, d ranks that
 computed and w as held:
 
     weights        P w / d                FSDP2, ZeRO-3; P c below; and ZeRO's float32 masters, 4 P / d from stage 1 on
-    offsets        1 or 4 bytes an entry of S, / d where weights are
+    offsets        1 or 4 bytes an entry of S, bits/8 + 1/8 a value of slope (position and mask), / d where weights are
     optimizer      8 P / d, or 2 (1 + 4/256) for each element whose moments are kept in 8 bits
     gradients      P w / d at the end of backward; of the largest unit alone where blocks are updated one by one
     activations    n L (8 D + 3 F + 7 r) c, of which each number is named in docs/memory.md; n L D c and one
@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 from sltrain_dist.config import TrainConfig
-from sltrain_dist.ops import composed, cross_entropy, factorized
+from sltrain_dist.ops import composed, cross_entropy, factorized, pruned
 from sltrain_dist.ops.precision import native_bfloat16
 from sltrain_dist.ops.tiles import Tiles
 from sltrain_dist.parallel.ds_config import resolve_ds_config
+from sltrain_dist.params.slope import layer_pattern
 from sltrain_dist.train.linear_paths import LinearPaths
 
 KINDS = (
@@ -121,7 +122,8 @@ def checkpoint_bytes(config: TrainConfig, parameters: dict[str, int]) -> int:
     half = config.engine.dtype == "bfloat16"
     width = 4 if config.engine.master_weights or not half else 2
     held = _held(whole, elements, 0, 1, half)
-    return elements.total * width + held["optimizer"]
+    masks = parameters["sparse"] // 8 if config.method.method == "slope" else 0
+    return elements.total * width + masks + held["optimizer"]
 
 
 def _states(config: TrainConfig, elements: Elements) -> float:
@@ -130,6 +132,8 @@ def _states(config: TrainConfig, elements: Elements) -> float:
     projected = min(2.0, 3 * config.optimizer.proj_rank / hidden)
     if name in ("sgd", "adafactor"):  # whose means of rows and columns are small
         return 1.0 if config.optimizer.momentum else 0.0
+    if config.method.method == "slope":  # whose values are no matrices
+        return 2.0
     of_matrices = {"muon": 1.0, "galore_adamw": projected, "apollo": projected}.get(name)
     if of_matrices is None:
         return 2.0
@@ -222,10 +226,22 @@ def _activations(config: TrainConfig, paths: LinearPaths, device: str) -> dict[s
     }
 
 
+def _pruned_workspace(config: TrainConfig, device: str, tokens: int, hidden: int, ff: int) -> int:
+    """The same of slope: the operator is one, and does not depend on a path."""
+    half = config.engine.dtype == "bfloat16"
+    wide = half and device == "cpu" and not native_bfloat16()
+    pattern = layer_pattern(config.method.pattern, None)
+    declared = pruned.workspace_bytes(ff, hidden, pattern, 2 if half and not wide else 4)
+    copies = (tokens * (ff + hidden) + ff * pattern.width(hidden)) * 4 if wide else 0
+    return declared["backward"] + copies
+
+
 def _workspace(
     config: TrainConfig, paths: LinearPaths, device: str, tokens: int, hidden: int, ff: int
 ) -> int:
     """Of the largest linear, backward."""
+    if config.method.method == "slope":
+        return _pruned_workspace(config, device, tokens, hidden, ff)
     method, half = config.method, config.engine.dtype == "bfloat16"
     wide = half and device == "cpu" and not native_bfloat16()
     element = 2 if half and not wide else 4

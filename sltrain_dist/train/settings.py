@@ -33,6 +33,7 @@ from sltrain_dist.train.contradictions import (
     check_cpu_offload,
     check_hf_model,
     check_linear_path,
+    check_slope,
     check_start,
 )
 from sltrain_dist.train.flags import DTYPES, FLAGS, REFERENCE_DEFAULTS, explicit, token_count
@@ -50,7 +51,7 @@ POSITIVE = ("rank", "block_size", "max_length", "batch_size", "total_batch_size"
             "max_skips")  # fmt: skip
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "grad_clipping", "save_every", "eval_every",
                 "keep_last", "workers", "lora_dropout", "beta1", "min_lr_ratio", "max_rewinds",
-                "spike_sigma", "watch_every")  # fmt: skip
+                "spike_sigma", "watch_every", "mask_change_freq")  # fmt: skip
 BELOW_ONE = ("lora_dropout", "beta1")
 
 
@@ -287,6 +288,8 @@ def _build(
         support=settings["support"],
         block_size=settings["block_size"],
         seed=settings["seed"],
+        pattern=settings["slope_pattern"],
+        mask_change_freq=settings["mask_change_freq"],
     )
     eval_tokens = settings["eval_tokens"]
     data = DataConfig(
@@ -331,6 +334,7 @@ def _build(
     if ds_config is not None:
         resolve_ds_config(ds_config, engine, optimizer, dp_size)
     check_linear_path(settings)
+    check_slope(settings, model)
     check_activations(settings, engine.stage if engine.engine == "zero" else 0)
     check_start(settings)
     if settings["use_hf_model"]:

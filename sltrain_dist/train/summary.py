@@ -117,6 +117,9 @@ def _method(run: "Run") -> str:
     method = run.config.method
     if method.method == "full":
         return "full"
+    if method.method == "slope":
+        every = f"every {method.mask_change_freq} updates" if method.mask_change_freq else "never"
+        return f"slope, {method.pattern} of neighbouring weights, second mask chosen anew {every}"
     scale = "tanh(scaling), trained" if method.train_scaling else f"{method.scale:g}"
     text = f"{method.method}, rank {method.rank}, scale {scale}"
     if method.method == "sltrain":

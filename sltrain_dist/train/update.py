@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sltrain_dist.config import MethodConfig
 from sltrain_dist.data.samples import Batch
+from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.mesh import sum_over_ranks
 from sltrain_dist.train.timing import Stopwatch
 
@@ -60,6 +62,16 @@ def update(
     begin("optimizer")
     norm = engine.step(lr)
     return float(sum_over_ranks(mesh, total)), int(valid), norm
+
+
+def choose_masks(engine: Engine, method: MethodConfig, number: int) -> None:
+    """After update ``number``: under --method slope choose its second masks, where their time has come; collective.
+
+    An update that left the weights alone counts too: then the masks come out as they were.
+    """
+    every = method.mask_change_freq
+    if method.method == "slope" and every and number % every == 0:
+        engine.choose_masks()
 
 
 def on_device(micro_batches: list[Batch], device: torch.device) -> list[tuple[Tensor, Tensor]]:

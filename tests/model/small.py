@@ -13,7 +13,8 @@ from sltrain_dist.params.initial import Random
 FULL = MethodConfig(method="full")
 LOW_RANK = MethodConfig(method="low_rank", rank=8)
 SLTRAIN = MethodConfig(method="sltrain", rank=8, density=0.05, alpha=16.0)
-METHODS = [FULL, LOW_RANK, SLTRAIN]
+SLOPE = MethodConfig(method="slope")
+METHODS = [FULL, LOW_RANK, SLTRAIN, SLOPE]
 
 SMALL = ModelConfig(
     name="small",

@@ -12,7 +12,7 @@ from sltrain_dist.model.flops import Flops, flops_per_token, linear_flops, model
 from sltrain_dist.model.llama import Llama
 from sltrain_dist.ops import cross_entropy
 from sltrain_dist.params.paths import linears
-from tests.model.small import FULL, METHODS, SLTRAIN, SMALL, batch, filled, small
+from tests.model.small import FULL, METHODS, SLOPE, SLTRAIN, SMALL, batch, filled, small
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.method)
@@ -101,3 +101,21 @@ def test_model_flops_do_not_depend_on_how_they_are_computed() -> None:
     assert model_flops_per_token(config, method, 256).total < 0.6 * dense.total
     wider = dataclasses.replace(config, intermediate_size=config.padded_intermediate_size)
     assert model_flops_per_token(wider, FULL, 256).total > dense.total
+
+
+def test_pruned_products_need_a_share() -> None:
+    """2:4: half of the forward product and of dW, 13/32 of dx; the products that are computed are dense."""
+    dense = linear_flops(64, 64, FULL, "composed", 1)
+    assert linear_flops(64, 64, SLOPE, "composed", 1) == dense
+    needed = linear_flops(64, 64, SLOPE, "needed", 1)
+    assert needed == Flops(0.5 * dense.forward, (0.5 + 13 / 32) * dense.forward)
+    assert linear_flops(384, 64, SLOPE, "needed", 1) == linear_flops(384, 64, FULL, "needed", 1)
+
+
+def test_patterns_of_layers_are_counted_apart() -> None:
+    def needed(pattern: str) -> float:
+        method = dataclasses.replace(SLOPE, pattern=pattern)
+        return model_flops_per_token(SMALL, method, 24).total
+
+    assert needed("2:4,1=2:8") == pytest.approx((needed("2:4") + needed("2:8")) / 2)
+    assert needed("2:8") < needed("2:4") < model_flops_per_token(SMALL, FULL, 24).total

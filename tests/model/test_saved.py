@@ -21,12 +21,13 @@ from sltrain_dist.config import MethodConfig, ModelConfig
 from sltrain_dist.model.llama import Llama
 from sltrain_dist.model.rope import cos_sin
 from sltrain_dist.params.linears import SLTrain
-from tests.model.small import FULL, LOW_RANK, SLTRAIN, batch, filled, small
+from tests.model.small import FULL, LOW_RANK, SLOPE, SLTRAIN, batch, filled, small
 
 BLOCK = dataclasses.replace(SLTRAIN, support="block", block_size=4, density=0.125)
 # name: (method, path, keep_hidden, whether r numbers a linear and token are kept)
 CASES: dict[str, tuple[MethodConfig, str, bool | None, bool]] = {
     "full": (FULL, "composed", None, False),
+    "slope": (SLOPE, "composed", None, False),
     "low_rank": (LOW_RANK, "composed", None, True),
     "composed": (SLTRAIN, "composed", None, False),
     "factorized, h kept": (SLTRAIN, "factorized", True, True),

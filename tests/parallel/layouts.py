@@ -32,6 +32,7 @@ LR = {
     "block": 1e-2,
     "low_rank": 5e-3,
     "full": 1e-2,
+    "slope": 1e-2,
 }  # with which the loss falls by 1 nat
 SHAPES = {"1x1": (1, 1), "2x1": (2, 1), "4x1": (4, 1), "2x2": (2, 2), "1x4": (1, 4)}
 ENGINES = ("fsdp", "zero1", "zero2", "zero3")

@@ -55,7 +55,7 @@ def whole(method: str) -> Bytes:
     return trained, sum(size(p) for p in model.parameters() if not p.requires_grad), 2 * trained
 
 
-@pytest.mark.parametrize("method", ["fan_in", "block", "low_rank", "full"])
+@pytest.mark.parametrize("method", ["fan_in", "block", "low_rank", "full", "slope"])
 def test_a_rank_holds_its_share(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     total = whole(method)
     lines = [

@@ -66,7 +66,7 @@ def test_a_layout_trains_the_curve_of_one_process(layout: Layout) -> None:
 
 
 def test_the_cover_has_every_pair_of_the_matrix() -> None:
-    assert len(layouts.matrix()) == 128
+    assert len(layouts.matrix()) == 160
     assert len(COVER) < 30
     for layout in layouts.matrix():
         for one, other in (("method", "engine"), ("method", "shape"), ("engine", "shape"), ("shape", "sequence"), ("engine", "sequence"), ("method", "sequence")):  # fmt: skip

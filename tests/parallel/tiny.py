@@ -48,6 +48,7 @@ SHARED_METHODS = {
     "block": dataclasses.replace(METHOD, density=0.125, support="block", block_size=4),
     "low_rank": dataclasses.replace(METHOD, method="low_rank", rank=32),
     "full": dataclasses.replace(METHOD, method="full"),
+    "slope": dataclasses.replace(METHOD, method="slope", mask_change_freq=3),
 }
 
 SMALL = dataclasses.replace(MODEL, num_hidden_layers=1)  # where one block shows as much as two
@@ -124,6 +125,7 @@ def update(
     )
     batches = [{"tokens": tokens, "labels": labels} for tokens, labels in parts]
     loss, tokens_seen, norm = updates.update(run, batches, lr)
+    updates.choose_masks(engine, engine.module.method, number + 1)
     assert tokens_seen == int((batch(number)[1] >= 0).sum())
     return loss, norm
 

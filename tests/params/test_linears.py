@@ -87,6 +87,8 @@ def test_padding_is_zero_and_not_counted(method, support):
     assert counts["total"] == counts["dense"] + counts["low_rank"] + counts["sparse"]
     if method == "full":
         assert counts["dense"] == 60 * 90
+    elif method == "slope":
+        assert counts["sparse"] == counts["total"] == int((layer.values != 0).sum()) == 60 * 46
     else:
         assert counts["low_rank"] == 8 * (60 + 90)
     if method == "sltrain":

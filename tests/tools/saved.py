@@ -47,6 +47,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"mlp_bias": True},
         {"method": "low_rank", "train_scaling": True},
     ),
+    "slope": ({"mlp_bias": True, "num_key_value_heads": 4}, {"method": "slope"}),
     "full": (
         {"tie_word_embeddings": True, "attention_bias": True, "rope_scaling": YARN},
         {"method": "full"},

@@ -21,7 +21,8 @@ SMALL = ("--model=llama_9m", "--max_length=64", "--batch_size=2", "--linear_path
 
 def planned(*flags, gpus=1, device="cpu"):
     total = f"--total_batch_size={2 * gpus}"
-    base = SMALL[:-1] if "--method=full" in flags else SMALL  # which has no choice of path
+    others = {"--method=full", "--method=slope"}  # which have no choice of path
+    base = SMALL[:-1] if others & set(flags) else SMALL
     return plan(Request((*base, total, *flags), gpus, device, None, 1.0, 1.0))
 
 
@@ -158,7 +159,7 @@ class Counted(Live):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-@pytest.mark.parametrize("method", ["full", "sltrain"])
+@pytest.mark.parametrize("method", ["full", "sltrain", "slope"])
 @pytest.mark.parametrize("more", [(), ("--sequence_parallel",)])
 def test_the_wire_carries_what_is_computed_again_too(method, more, monkeypatch):
     from sltrain_dist.tools import plan_run
@@ -218,3 +219,19 @@ def test_offsets_are_cut_under_zero_3():
         for stage in (2, 3)
     )
     assert cut == pytest.approx(whole / 2, rel=0.01)
+
+
+def test_slope_is_planned():
+    """Moments of half the weights, offsets and masks, and what choosing masks sends, spread over the updates between."""
+    flags = ("--method=slope", "--max_length=64", "--total_batch_size=4")
+    often, never = (planned(*flags, f"--mask_change_freq={every}", gpus=2) for every in (1, 0))
+    counts = often.setting.parameters
+    kept = counts["sparse"]
+    positions = counts["indices_bytes"] - kept / 8
+    assert positions == pytest.approx(kept / 4)
+    sent = often.setting.wire - never.setting.wire
+    assert sent == pytest.approx((kept * 4 + positions) / 2)
+    peak, formula = often.measured.peak, often.setting.formula
+    assert peak["offsets"] == formula["offsets"] == counts["indices_bytes"] // 2
+    assert peak["optimizer"] == pytest.approx(2 * 4 * counts["total"] / 2, rel=0.02)
+    assert peak["workspaces"] > 0

@@ -23,7 +23,6 @@ from tests.ranks import run_ranks
 
 BEFORE, AFTER = 3, 10
 MODEL = dataclasses.replace(tiny.SHARED, num_hidden_layers=1, vocab_size=tiny.MODEL.vocab_size)
-METHOD = tiny.SHARED_METHODS["fan_in"]
 
 
 class Layout(NamedTuple):
@@ -33,19 +32,21 @@ class Layout(NamedTuple):
     tp: int = 1
     replicate: int = 1
     sequence: bool = False
+    method: str = "fan_in"
 
     def mesh(self) -> Mesh:
         return initialise(device="cpu", tensor_parallel=self.tp, replicate=self.replicate)
 
     def engine(self, mesh: Mesh) -> Engine:
         changes = {"sequence_parallel": self.sequence}
-        return tiny.build(mesh, self.kind, method=METHOD, model=MODEL, **changes)
+        method = tiny.SHARED_METHODS[self.method]
+        return tiny.build(mesh, self.kind, method=method, model=MODEL, **changes)
 
     def config(self, mesh: Mesh, folder: str) -> TrainConfig:
         engine = tiny.config(self.kind, mesh.dp_size, tensor_parallel=self.tp)
         return TrainConfig(
             model=MODEL,
-            method=METHOD,
+            method=tiny.SHARED_METHODS[self.method],
             data=DataConfig(),
             optimizer=tiny.OPTIMIZER,
             engine=engine,

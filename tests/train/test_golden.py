@@ -24,6 +24,7 @@ METHODS = {
     "uniform": dataclasses.replace(tiny.METHOD, support="uniform"),
     "block": dataclasses.replace(tiny.METHOD, support="block", block_size=4, density=0.13),
     "trained scale": dataclasses.replace(tiny.METHOD, train_scaling=True),
+    "slope": dataclasses.replace(tiny.METHOD, method="slope", mask_change_freq=5),
 }
 
 

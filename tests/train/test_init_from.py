@@ -13,6 +13,7 @@ from sltrain_dist.config import MethodConfig, TrainConfig
 from sltrain_dist.data.tokenizer import train_tokenizer
 from sltrain_dist.model.llama import Llama
 from sltrain_dist.model.tensor_parallel import parallelize
+from sltrain_dist.ops.pattern import Pattern, prune_rows
 from sltrain_dist.optim import OptimizerFactory
 from sltrain_dist.parallel.engine import MODEL, build_engine
 from sltrain_dist.parallel.mesh import Mesh, close, initialise
@@ -177,3 +178,32 @@ def test_what_does_not_fit_is_named(case: str, source: Path) -> None:
         close()
     assert str(caught.value).startswith(f"--init_from {source}/step_3: ")
     assert "\n" not in str(caught.value)
+
+
+def test_slope_chooses_its_masks_from_the_stored_values(tmp_path: Path) -> None:
+    """Which moved since the stored masks were chosen; a factored export carries both."""
+    model, method = configs("slope")
+    mesh = initialise(device="cpu")
+    try:
+        checkpoint(mesh, tmp_path / "run", model, method)
+        command = [str(tmp_path / "run"), "--to", "factored", "--output", str(tmp_path / "small")]
+        assert export.main(command) == 0
+        for source in (tmp_path / "run", tmp_path / "small"):
+            stored = open_pretrained(source, "--init_from")
+            config = dataclasses.replace(run_config(source), model=model, method=method)
+            whole = tiny.tiny_factory(method, model)
+            factory = start_from(whole, config, mesh, train_tokenizer(["text"], 258))
+            optimizer = OptimizerFactory(tiny.OPTIMIZER)
+            engine = build_engine(factory, mesh, tiny.config("fsdp", 1), optimizer, method.seed)
+            factory.close()
+            state = {n.removeprefix(MODEL): t.full_tensor() for n, t in engine.state().items()}
+            moved = 0
+            for name in (name for name in stored.names() if name.endswith(".backward")):
+                layer = name.removesuffix("backward")
+                values, offsets = (stored.tensor(layer + part) for part in ("values", "offsets"))
+                assert torch.equal(state[layer + "values"], values)
+                assert torch.equal(state[name], prune_rows(values, offsets, Pattern(2, 4)))
+                moved += not torch.equal(state[name], stored.tensor(name))
+            assert moved
+    finally:
+        close()

@@ -340,6 +340,35 @@ def test_linear_path():
         assert "\n" not in str(error.value)
 
 
+def test_slope():
+    got = config("--method slope").method
+    assert (got.method, got.pattern, got.mask_change_freq) == ("slope", "2:4", 100)
+    got = config("--method slope --slope_pattern 1:2,1-2=2:8 --mask_change_freq 0").method
+    assert (got.pattern, got.mask_change_freq) == ("1:2,1-2=2:8", 0)
+    assert (
+        config("--method slope --rank 7 --sp_ratio 0.5").method.method == "slope"
+    )  # as full: not looked at
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--slope_pattern 1:4", "--slope_pattern 1:4: --method sltrain prunes nothing"),
+        ("--method full --mask_change_freq 5", "--mask_change_freq 5: --method full prunes nothing"),
+        ("--method slope --mask_change_freq -1", "--mask_change_freq -1: must not be negative"),
+        ("--method slope --slope_pattern 4:2", "--slope_pattern 4:2: give N:M"),
+        ("--method slope --slope_pattern 2:4,90=1:4", "1:4 is for layers up to 90"),
+        ("--method slope --slope_pattern 1:256", "q_proj .* 1:256 needs inputs in whole groups of 256"),
+        ("--method slope --linear_path composed", "--method slope has no choice of path"),
+        ("--method slope --keep_hidden yes", "--keep_hidden yes: only factorized"),
+    ],
+)  # fmt: skip
+def test_slope_refusals(line, message):
+    with pytest.raises(UserError, match=message) as error:
+        config(f"--model llama_100m {line}")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("line", ["--method full", "--method low_rank", "--linear_path composed"])
 def test_keep_hidden_needs_factorized_linears(line):
     assert config("--keep_hidden no").keep_hidden == "no"
@@ -434,3 +463,16 @@ def test_adam_per_layer_keeps_float32_moments():
     asked = config(f"{line} adamw_per_layer --master_weights none")
     assert asked.optimizer.rounding == "nearest"
     assert "stochastic (float32 moments)" in warnings(asked)[0]
+
+
+def test_slope_over_tensor_parallel_ranks():
+    """Groups are never cut, nor bytes of the second mask: 1368 inputs of llama_71m's MLP are 85.5 of them."""
+    assert (
+        config("--method slope --model llama_60m --tensor_parallel 2", 2).method.method == "slope"
+    )
+    line = "--method slope --model llama_71m --tensor_parallel 2"
+    with pytest.raises(UserError, match=r"layer model.layers.0.mlp.down_proj: its 1368 inputs are no multiple of 2 x 16; sizes that do: 1$"):  # fmt: skip
+        config(line, 2)
+    line = "--method slope --model llama_60m --slope_pattern 1:32 --tensor_parallel 2"
+    with pytest.raises(UserError, match=r"gate_proj: its 1376 outputs are no multiple of 2 x 32; "):
+        config(line, 2)
