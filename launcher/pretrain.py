@@ -40,18 +40,22 @@ def main(arguments: list[str]) -> int:
         config = resolve(arguments, mesh.launched_world_size())
 
         from sltrain_dist.train.build import build
+        from sltrain_dist.train.liveness import end_soon
         from sltrain_dist.train.loop import train
 
         engine = config.engine
         world = mesh.initialise(config.timeout, None, engine.tensor_parallel, engine.replicate)
         try:
             train(build(config, world))
+        except (
+            FaultError
+        ) as error:  # said before the groups are closed, which may wait for the dead
+            end_soon()
+            return report(str(error), 1, error.speaks)
         finally:
             mesh.close()
     except UserError as error:
         return report(str(error))
-    except FaultError as error:
-        return report(str(error), 1, error.speaks)
     except InterruptError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             with contextlib.suppress(OSError):  # the launcher that read it may be what is gone

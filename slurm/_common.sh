@@ -98,10 +98,9 @@ requeue() {
 # shellcheck disable=SC2317 # called by traps
 ask_to_save() {
     ASKED=1
-    if preempted; then
-        say "$1, while the ranks save already"
-        return
-    fi
+    local state
+    state=$(state_of_run) || state=''
+    case $state in saving | interrupted) say "$1, and the ranks save already" && return ;; esac
     say "$1: asking the ranks to save"
     scancel --signal=USR1 "$JOB" # reaches all processes of the steps, not this shell
 }

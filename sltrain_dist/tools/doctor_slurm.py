@@ -153,7 +153,7 @@ def read_job(script: Path, given: Sequence[str] = ()) -> Job:
         text = found.get(name, str(default))
         digits = re.match(r"\d+", text)  # of nodes "2-4" SLURM may give two
         if digits is None:
-            raise UserError(f"--slurm {script}: #SBATCH {name}={text}; give a number")
+            raise UserError(f"--slurm {script}: {name}={text}; give a number")
         return int(digits[0])
 
     per_node = found.get("--gpus-per-node") or found.get("--gres", "")
@@ -192,8 +192,14 @@ def _submit(given: Sequence[str], script: Path, arguments: Sequence[str]) -> int
                 f"--slurm {script}: {tool} is not on the PATH; log in to a node where jobs are submitted, or run "
                 "the doctor under torchrun"
             )
-    export = f"--export=ALL,PROGRAM={PROGRAM}"
-    command = ["sbatch", "--parsable", export, *given, str(script), *arguments]
+    flags, exported = [], "ALL"
+    for flag in given:  # of two --export the last would win, and train instead
+        if flag.startswith("--export="):
+            exported = flag.removeprefix("--export=")
+        else:
+            flags.append(flag)
+    export = f"--export={exported},PROGRAM={PROGRAM}"
+    command = ["sbatch", *flags, "--parsable", export, str(script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no reason given"]

@@ -37,7 +37,7 @@ from sltrain_dist.parallel.tensor import TensorParallel, tensor_parallel
 from sltrain_dist.params import count_parameters
 from sltrain_dist.train.checkpoint import Found, find, load
 from sltrain_dist.train.init_from import start_from
-from sltrain_dist.train.journal import Journal
+from sltrain_dist.train.journal import Journal, check_prometheus
 from sltrain_dist.train.linear_paths import LinearPaths, decide
 from sltrain_dist.train.memory import estimate_memory
 from sltrain_dist.train.run import Run
@@ -82,6 +82,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Run:
     folder = on_first(mesh, lambda: choose_folder(config))
     found = find(config.continue_from, folder, mesh)
     on_first(mesh, lambda: claim_folder(folder, config))
+    on_first(mesh, lambda: check_prometheus(config.watch.prometheus))
     lock = _lock(mesh, folder)
     _check_shared(mesh, folder)
     config = replace(config, save_dir=str(folder), name=config.name or folder.name)

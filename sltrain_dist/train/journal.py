@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sltrain_dist.utils.errors import UserError
 from sltrain_dist.utils.interrupt import InterruptError
 
 EVENTS, HEARTBEAT = "events.jsonl", "heartbeat.json"
@@ -47,9 +48,9 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 
 class Tolerant:
-    """Writes that never end a run: on ranks other than the first nothing is done, and what fails is said once, until all goes well again.
+    """Writes that never end a run: on ranks other than the first nothing is done, and a file that fails is said once.
 
-    Lines that the disk refused are kept, and written before the next one.
+    Lines that the disk refused are kept, the last 10,000 of a file, and written before the next one.
     """
 
     def __init__(self, folder: Path, active: bool) -> None:
@@ -64,7 +65,7 @@ class Tolerant:
             write()
             self._failing.discard(name)
         except OSError as error:
-            if not self._failing:
+            if name not in self._failing:
                 with contextlib.suppress(OSError):  # nobody reads any more
                     text = f"warning: {self.folder / name}: {error.strerror}; training goes on"
                     print(text, file=sys.stderr)
@@ -85,8 +86,10 @@ class Tolerant:
             self._try(name, partial(self._write_waiting, name))
 
     def _write_waiting(self, name: str) -> None:
-        _add(self.folder / name, "".join(self._waiting[name]))
-        self._waiting[name].clear()
+        lines = self._waiting[name]
+        while lines:  # one by one: of several that are refused nobody knows which are there
+            _add(self.folder / name, lines[0])
+            del lines[0]
 
 
 class Journal(Tolerant):
@@ -197,19 +200,27 @@ def prometheus_text(document: dict[str, Any], run: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _add(path: Path, text: str) -> None:
-    """Add all of the text or, where the disk refuses, nothing; a line that a crash has torn is ended first."""
-    with open(path, "a+b", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
-        rest = memoryview(("\n" * torn + text).encode())
-        try:
+def _add(path: Path, line: str) -> None:
+    """Add all of a line or, where the disk refuses, nothing; one that a crash has torn is ended first."""
+    size = None
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+            rest = memoryview(("\n" * torn + line).encode())
             while rest:
                 rest = rest[file.write(rest) :]
-        except OSError:
+    except OSError:  # of a network file system as late as in close
+        if size is not None:
             with contextlib.suppress(OSError):
-                file.truncate(size)
-            raise
+                os.truncate(path, size)
+        raise
+
+
+def check_prometheus(target: str | None) -> None:
+    """Refuse a file that cannot be written; raises UserError."""
+    if target is not None and (Path(target).is_dir() or not Path(target).parent.is_dir()):
+        raise UserError(f"--prometheus {target}: give a file in a folder that exists")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -55,6 +57,8 @@ class Liveness:
         self._ancestors = _launchers()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last sign, and when it was new
         self._silent = set(range(mesh.world_size))  # ranks that never gave one, as far as known
+        self._asking: threading.Thread | None = None  # the store
+        self._turn = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
 
     def at(self, phase: str, step: int) -> None:
@@ -63,7 +67,7 @@ class Liveness:
 
     def __enter__(self) -> "Liveness":
         if self._store is not None:
-            self._sign(0)
+            self._ask(partial(self._sign, 0))
         if self._store is not None or self._ancestors:
             self._thread.start()
         return self
@@ -85,10 +89,11 @@ class Liveness:
             blamed = self.blame()
         self._ended.set()
         if blamed is not None:
-            _end_soon()
             reason = " ".join(str(error).split())[:160]
             living = set(range(self._mesh.world_size)) - set(self._blamed)
             speaks = self._mesh.rank == min(living)
+            if blamed == _STORE_GONE:  # rank 1 may be gone with it: one of every host speaks
+                speaks |= self._mesh.local_rank == 0
             raise FaultError(
                 f"{blamed}; continue with --continue_from auto ({reason})", speaks
             ) from error
@@ -140,50 +145,68 @@ class Liveness:
             if self._store is None:
                 continue
             count += 1
-            self._sign(count)
+            self._ask(partial(self._sign, count))
             waiting = time.monotonic() - self._moved
-            if waiting > self._timeout / 4 and self._look():
-                still = self._still(self._timeout / 2)
-                if still and waiting > self._patience:
-                    self._end(still)
+            if waiting <= self._timeout / 4:
+                continue
+            answered = self._look()
+            still = self._still(self._timeout / 2) if answered else []
+            if waiting <= self._patience:
+                continue
+            if still:
+                self._end(self._describe(still), still)
+            elif not answered and self._place[0] == "training":  # a save needs no store
+                self._end(_STORE_GONE, still)
 
     def _sign(self, count: int) -> None:
         phase, step = self._place
         sign = {"count": count, "phase": phase, "step": step, "host": socket.gethostname()}
         assert self._store is not None
-        # Where the store is gone the main thread learns of it in its next collective.
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"alive/{self._mesh.rank}", json.dumps(sign))
+        self._store.set(f"alive/{self._mesh.rank}", json.dumps(sign))
 
     def _look(self) -> bool:
         """Read everybody's signs; False where the store is gone, or stands still with the process that keeps it."""
+        return self._ask(self._read)
+
+    def _ask(self, question: Callable[[], None]) -> bool:
+        """Ask the store in a thread that nobody waits for longer than a while; whether there was an answer."""
         answers: list[bool] = []
-        reader = threading.Thread(target=lambda: answers.append(self._read()), daemon=True)
-        reader.start()
-        reader.join(_GRACE)
-        return any(answers)
 
-    def _read(self) -> bool:
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                question()
+                answers.append(True)
+
+        with self._turn:
+            if self._asking is not None and self._asking.is_alive():
+                return False  # the one before stands in the store still
+            self._asking = threading.Thread(target=ask, name="store", daemon=True)
+            self._asking.start()
+            self._asking.join(_GRACE)
+        return bool(answers)
+
+    def _read(self) -> None:
         assert self._store is not None
-        try:  # reading waits for a sign that is not there yet: ask first
-            self._silent = {n for n in self._silent if not self._store.check([f"alive/{n}"])}
-            ranks = [n for n in range(self._mesh.world_size) if n not in self._silent]
-            signs = self._store.multi_get([f"alive/{n}" for n in ranks])
-        except RuntimeError:
-            return False
-        now = time.monotonic()
+        # Reading waits for a sign that is not there yet: ask first.
+        silent = {n for n in self._silent if not self._store.check([f"alive/{n}"])}
+        ranks = [n for n in range(self._mesh.world_size) if n not in silent]
+        signs = self._store.multi_get([f"alive/{n}" for n in ranks])
+        now, seen = time.monotonic(), dict(self._seen)
         for rank, sign in zip(ranks, signs, strict=True):
-            if rank != self._mesh.rank and self._seen.get(rank, (None,))[0] != sign.decode():
-                self._seen[rank] = (sign.decode(), now)
-        return True
+            if rank != self._mesh.rank and seen.get(rank, (None,))[0] != sign.decode():
+                seen[rank] = (sign.decode(), now)
+        self._silent, self._seen = silent, seen
 
-    def _end(self, still: list[int]) -> None:
+    def _end(self, text: str, still: list[int]) -> None:
         """End this process: its main thread waits for a rank that will not come, where no time limit holds."""
         self._dump()
         living = [rank for rank in range(self._mesh.world_size) if rank not in still]
-        if self._mesh.rank == living[0]:
-            text = f"error: {self._describe(still)}; the others end, continue with --continue_from auto"
-            print(text, file=sys.stderr, flush=True)
+        if self._mesh.rank == living[0] or self._mesh.local_rank == 0:
+            print(
+                f"error: {text}; the others end, continue with --continue_from auto",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             time.sleep(3)
         os._exit(1)
@@ -205,7 +228,7 @@ class Liveness:
             pass  # it is being ended for another reason, which is said
 
 
-def _end_soon() -> None:
+def end_soon() -> None:
     """End this process in a while where it does not by itself: groups and stores may wait for who will not come."""
     timer = threading.Timer(2 * _GRACE, os._exit, (1,))
     timer.daemon = True

@@ -79,6 +79,7 @@ def train(run: Run) -> dict[str, Any]:
                 if run.step >= steps:
                     break
                 asked = _step(run, parts)
+            trace.close()
             saves.finish(FINAL_TRIES)
             if not saves.stands:
                 _end_if(run.asked(), run, parts)
@@ -227,6 +228,7 @@ def _end_if(asked: int, run: Run, parts: Parts) -> None:
     run.journal.event("interrupted", run.step, signal=name, saved=parts.saves.stands)
     run.journal.beat("interrupted")
     run.tracker.close()
+    parts.trace.close()
     # Launchers end all ranks when one ends, and their signal is no second request: the first has written all.
     with contextlib.suppress(RuntimeError):  # the launcher that kept the store may be what is gone
         gather_patiently(run.mesh, None)

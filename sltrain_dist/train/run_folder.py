@@ -185,28 +185,34 @@ class Records(Tolerant):
         self._write("sample.txt", text + "\n")
 
     def position(self) -> dict[str, Any]:
-        """What a checkpoint stores so that the metrics file continues without gap or repetition."""
+        """What a checkpoint stores so that the metrics file continues without gap or repetition.
+
+        With the lines that wait for room: the checkpoint may find some before they do.
+        """
         self._flush()
-        path = self.folder / METRICS
+        waiting = list(self._waiting.get(METRICS, ()))
         try:
-            return {"bytes": path.stat().st_size}
+            return {"bytes": (self.folder / METRICS).stat().st_size, "waiting": waiting}
         except OSError:
-            return {"bytes": 0}
+            return {"bytes": 0, "waiting": waiting}
 
     def rewind(self, position: dict[str, Any]) -> None:
         """Cut off lines written after the checkpoint that is resumed; a torn last line goes with them.
 
         ``{}``, the position of a fresh start, cuts off all.
         """
-        self._waiting.pop(METRICS, None)
         path = self.folder / METRICS
         if self._active and path.exists() and path.stat().st_size > position.get("bytes", 0):
             self._try(METRICS, lambda: os.truncate(path, position.get("bytes", 0)))
+        if self._active:
+            self._waiting[METRICS] = list(position.get("waiting", ()))
+            self._flush()
 
     def picture(self) -> str | None:
         """Draw loss.png from metrics.jsonl; returns why not, where it could not be drawn."""
         if not self._active:
             return None
+        self._flush()
         try:
             _draw(self.folder / METRICS, self.folder / "loss.png")
         except ImportError:

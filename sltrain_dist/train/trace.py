@@ -4,6 +4,7 @@ save_dir/profile/ gets, of every rank, ``rank-00000-updates-10-12.json.gz`` (the
 memory) and, on a GPU, ``.pickle``: the allocator's snapshot, for pytorch.org/memory_viz.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,16 @@ class Trace:
     def __enter__(self) -> "Trace":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """The process must not end while the profiler runs: it would crash."""
+        if kind is None:
+            self.close()
+        elif self._profile is not None:
+            with contextlib.suppress(Exception):  # what went wrong is on its way
+                self._profile.stop()
+
+    def close(self) -> None:
+        """Write what was recorded of updates that the end of the run has cut short."""
         if self._profile is not None:
             self._write()
 
@@ -54,9 +63,9 @@ class Trace:
     def _write(self) -> None:
         assert self._updates is not None
         profile, self._profile = self._profile, None
-        profile.stop()
         name = f"{self._path.name}-updates-{self._updates[0]}-{self._last}"
         try:
+            profile.stop()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(self._path.with_name(f"{name}.json.gz")))
             averages = profile.key_averages()
@@ -68,7 +77,7 @@ class Trace:
             self._path.with_name(f"{name}.txt").write_text("\n".join(tables))
             if self._gpu:
                 torch.cuda.memory._dump_snapshot(str(self._path.with_name(f"{name}.pickle")))
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # of the disk, or of a library: no reason to stop
             print(f"warning: --profile: {error}; training goes on", file=sys.stderr)
         if self._gpu:
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -1,6 +1,8 @@
 """Inputs shared by the launcher tests."""
 
+import contextlib
 import os
+import signal
 import subprocess
 
 import pytest
@@ -61,3 +63,18 @@ def small_disk(tmp_path):
         pytest.skip(f"needs to mount a file system: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def stop():
+    """Stop a process; it is killed when the test has ended, however that was."""
+    stopped = []
+
+    def halt(process):
+        stopped.append(process)
+        os.kill(process, signal.SIGSTOP)
+
+    yield halt
+    for process in stopped:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)

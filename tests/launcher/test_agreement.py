@@ -102,7 +102,8 @@ def test_a_stream_is_read_on_past_bad_batches(inputs, stream, tmp_path):
     (rewind,) = events(tmp_path / "run" / "run", "rewind")
     assert (rewind["step"], rewind["position"]) == (4, 8)
     assert read["run"] == read["whole"], "thirteen batches one after the other, none read twice"
-    assert len(set(read["whole"][0] + read["whole"][1])) == 26
+    checksums = [line.split()[1] for rank in read["whole"] for line in rank]
+    assert len(set(checksums)) == 26
 
 
 @each_engine
@@ -119,18 +120,18 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_the_update_on_all(inputs, tm
 
 @each_engine
 def test_a_spike_is_left_out_by_all_ranks(inputs, tmp_path, engine):
-    """On one rank's share of the batch, so that only their mean stands out."""
-    run = tmp_path / "run"
-    settings = (
-        QUIET | {"num_training_steps": 40, "total_batch_size": 4, "save_every": 0} | ENGINES[engine]
-    )
-    line = flags(inputs, run, spike_sigma=20, spike_action="skip", **settings)
-    run_on(2, line, FAULTY_SPIKE="37", FAULTY_RANK="1")
-    (spike,) = events(run, "spike")
-    assert (spike["step"], spike["skipped"]) == (38, True)
-    lines = {x["step"]: x for x in metrics(run) if "loss" in x}
-    assert lines[38]["grad_norm"] is None
-    assert abs(lines[39]["loss"] - lines[37]["loss"]) < 1.0
+    """On one rank's share of the batch, so that only their mean stands out; afterwards as if that loss had been no number."""
+    settings = QUIET | {"num_training_steps": 40, "total_batch_size": 4, "save_every": 0}
+    settings |= ENGINES[engine] | {"spike_sigma": 20, "spike_action": "skip"}
+    after = []
+    for fault in ("FAULTY_SPIKE", "FAULTY_NAN"):
+        run = tmp_path / fault
+        run_on(2, flags(inputs, run, **settings), FAULTY_RANK="1", **{fault: "37"})
+        (event,) = events(run, "skipped")
+        assert event["step"] == 38
+        assert len(events(run, "spike")) == (fault == "FAULTY_SPIKE")
+        after.append([losses(run)[step] for step in (37, 39, 40)])
+    assert after[0] == after[1]
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero2"])

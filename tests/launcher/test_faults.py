@@ -64,15 +64,14 @@ def test_a_spike_is_left_out_where_that_is_asked_for(inputs, tmp_path):
     assert "update 39 skipped: its loss" in output
 
 
-def test_a_stopped_rank_is_named_and_the_others_end(inputs, tmp_path):
+def test_a_stopped_rank_is_named_and_the_others_end(inputs, tmp_path, stop):
     run = tmp_path / "run"
     line = flags(inputs, run, timeout=8, **QUIET)
     process = start(torchrun(2, FAULTY, *line), FAULTY_PAUSE="3", FAULTY_FOLDER=str(tmp_path))
     for rank in (0, 1):
         wait_until(pause_file(tmp_path, rank).exists, process)
     time.sleep(1)  # until its place has been told
-    stopped = rank_process(1, run)
-    os.kill(stopped, signal.SIGSTOP)
+    stop(rank_process(1, run))
     for rank in (0, 1):
         pause_file(tmp_path, rank).unlink()
     code, output = end(process)
@@ -85,7 +84,7 @@ def test_a_stopped_rank_is_named_and_the_others_end(inputs, tmp_path):
     assert json.loads((run / "faults" / "rank-00000-collectives.json").read_text())["entries"]
 
 
-def test_a_stopped_rank_that_keeps_the_store_keeps_nobody_waiting(inputs, tmp_path):
+def test_a_stopped_rank_that_keeps_the_store_keeps_nobody_waiting(inputs, tmp_path, stop):
     """Under deepspeed that is rank 0: nobody answers then who could say which rank is missing."""
     run = tmp_path / "run"
     line = flags(inputs, run, timeout=8, **QUIET)
@@ -93,7 +92,7 @@ def test_a_stopped_rank_that_keeps_the_store_keeps_nobody_waiting(inputs, tmp_pa
     process = start([*command, FAULTY, *line], FAULTY_PAUSE="3", FAULTY_FOLDER=str(tmp_path))
     for rank in (0, 1):
         wait_until(pause_file(tmp_path, rank).exists, process)
-    os.kill(rank_process(0, run), signal.SIGSTOP)
+    stop(rank_process(0, run))
     for rank in (0, 1):
         pause_file(tmp_path, rank).unlink()
     code, output = end(process)

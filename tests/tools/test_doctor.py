@@ -289,9 +289,21 @@ def test_submitted(script, tmp_path, monkeypatch, capsys, state, code, expected)
     ]  # fmt: skip
 
 
+def test_sbatch_flags_are_handed_on_and_cannot_start_the_training(script, tmp_path, monkeypatch):
+    """Of two --export sbatch takes the last: the doctor's has to be it, with the user's variables."""
+    monkeypatch.setattr(doctor_slurm, "_POLL", 0.01)
+    fake_slurm(tmp_path, "COMPLETED", "0:0")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert doctor.main(["--slurm", f"--nodes=2 --export=ALL,ENGINE=zero2 {script}"]) == 0
+    assert (tmp_path / "arguments").read_text().split() == [
+        "--nodes=2", "--parsable", "--export=ALL,ENGINE=zero2,PROGRAM=launcher/doctor.py", str(script),
+    ]  # fmt: skip
+    assert doctor.main(["--slurm", f"--nodes=2 '{script}"]) == 2
+
+
 def test_no_slurm(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert doctor.main(["--slurm", str(script)]) == 2
     assert "sbatch is not on the PATH" in capsys.readouterr().err
     assert doctor.main(["--slurm", str(tmp_path / "no.sbatch")]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "no file" in capsys.readouterr().err

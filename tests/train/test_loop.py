@@ -7,6 +7,7 @@ import pytest
 from sltrain_dist.config import WatchConfig
 from sltrain_dist.train import loop, tracker
 from sltrain_dist.train.checkpoint import Found
+from sltrain_dist.train.journal import check_prometheus
 from sltrain_dist.train.watch import LossWatch, watch_config
 from sltrain_dist.utils.errors import UserError
 
@@ -102,12 +103,10 @@ def test_updates_to_profile_are_checked(text):
 
 @pytest.mark.parametrize("place", ["", "missing/node.prom"])
 def test_where_prometheus_looks_is_checked(tmp_path, place):
-    settings = {
-        "max_skips": 1, "max_rewinds": 1, "spike_sigma": 0.0, "spike_action": "log", "watch_every": 0, "profile": None,
-    }  # fmt: skip
-    assert watch_config(settings | {"prometheus": str(tmp_path / "node.prom")}, 9).prometheus
+    check_prometheus(None)
+    check_prometheus(str(tmp_path / "node.prom"))
     with pytest.raises(UserError, match="--prometheus"):
-        watch_config(settings | {"prometheus": str(tmp_path / place)}, 9)
+        check_prometheus(str(tmp_path / place))
 
 
 def test_a_failing_tracker_does_not_end_the_training(capsys):

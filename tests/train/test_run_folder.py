@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from sltrain_dist.train import journal
 from sltrain_dist.train.run_folder import Records, choose_folder, claim_folder, lock_folder
 from sltrain_dist.train.settings import resolve
 from sltrain_dist.utils.errors import UserError
@@ -160,27 +161,43 @@ def test_fresh_start_empties_the_metrics(tmp_path):
 def test_a_refused_line_is_written_later_and_whole(tmp_path, cuttable):
     """A limit on file sizes stands for the full disk; real writes, cut short by the system."""
     code = f"""
-import io, json, resource, signal
+import json, resource, signal
 from pathlib import Path
 from sltrain_dist.train import journal, run_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 records = run_folder.Records(Path({str(tmp_path)!r}), active=True)
 records.metrics({{"step": 1, "loss": 1.5}})
 if not {cuttable}:
-    class Stuck(io.FileIO):
-        def truncate(self, size=None):
-            raise OSError(5, "Input/output error")
-    journal.open = lambda path, mode, buffering: Stuck(path, mode)
+    def stuck():
+        raise OSError(5, "Input/output error")
+    journal.os.truncate = lambda path, size: stuck()
 resource.setrlimit(resource.RLIMIT_FSIZE, (40, resource.RLIM_INFINITY))
 records.metrics({{"step": 2, "loss": 1.5}})
+records.metrics({{"step": 2.5, "loss": 1.5}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 records.metrics({{"step": 3, "loss": 1.5}})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "training goes on" in done.stderr
-    first, *torn, second, last = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in (first, second, last)] == [1, 2, 3]
+    first, *torn, second, third, last = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in (first, second, third, last)] == [1, 2, 2.5, 3]
     assert len(torn) == (0 if cuttable else 1)
+
+
+def test_a_checkpoint_keeps_the_lines_that_wait(tmp_path, monkeypatch):
+    """Refused, saved, written after all, and resumed from there: as if the disk had never been full."""
+    records = Records(tmp_path, active=True)
+    records.metrics({"step": 1})
+    with monkeypatch.context() as full:
+        full.setattr(journal, "_add", lambda path, line: (_ for _ in ()).throw(OSError(28, "full")))
+        records.metrics({"step": 2})
+        position = json.loads(json.dumps(records.position()))
+    records.metrics({"step": 3})
+    again = Records(tmp_path, active=True)
+    again.rewind(position)
+    again.metrics({"step": 3})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
 
 
 def test_other_ranks_write_nothing(tmp_path):
