@@ -15,6 +15,7 @@ machine cannot inject are left out with a reason.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -36,6 +37,7 @@ from measure import ROOT, table, write
 sys.path.insert(0, str(ROOT))
 
 from sltrain_dist.parallel.mesh import free_port
+from sltrain_dist.train.journal import read_events
 from tests.launcher import tiny
 from tests.launcher.processes import FAULTY
 
@@ -94,6 +96,10 @@ FLEETS = {
 }  # fmt: skip
 
 
+class LostError(Exception):
+    """A run is "lost", or has "diverged": kind, and why."""
+
+
 @dataclass
 class Run:
     """A run under fire."""
@@ -134,7 +140,7 @@ class Run:
             until = time.monotonic() + GRACE
             while self.ranks() and time.monotonic() < until:
                 time.sleep(0.2)
-            for process in self.ranks().values():
+            for process in itertools.chain.from_iterable(self.ranks().values()):
                 self.orphans += not _stopped(process)
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
@@ -151,9 +157,9 @@ class Run:
         while any(x.poll() is None for x in self.launchers) and time.monotonic() < until:
             time.sleep(0.1)
 
-    def ranks(self) -> dict[int, int]:
-        """Processes by rank."""
-        found = {}
+    def ranks(self) -> dict[int, list[int]]:
+        """Processes by rank; several where one of an earlier start is still there."""
+        found: dict[int, list[int]] = {}
         for process in filter(str.isdigit, os.listdir("/proc")):
             try:
                 words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
@@ -163,13 +169,13 @@ class Run:
             if str(self.folder).encode() in words:
                 for variable in given:
                     if variable.startswith(b"RANK="):
-                        found[int(variable[5:])] = int(process)
+                        found.setdefault(int(variable[5:]), []).append(int(process))
         return found
 
     def signal(self, rank: int, number: int) -> bool:
         """Send a signal to a rank; False where it is not there just now."""
         try:
-            os.kill(self.ranks()[rank], number)
+            os.kill(max(self.ranks()[rank]), number)
         except (KeyError, ProcessLookupError):
             time.sleep(0.2)
             return False
@@ -198,10 +204,10 @@ class Run:
         found = sorted(self.folder.glob("step_*[0-9]"), key=lambda path: int(path.name[5:]))
         return found[-1] if found else None
 
-    def lost(self, why: str) -> SystemExit:
+    def lost(self, why: str, kind: str = "lost") -> "LostError":
         """What ends the campaign."""
         text = self.log.read_text(errors="replace")
-        return SystemExit(f"lost: {self.folder.name}: {why}\n{text[-12000:]}")
+        return LostError(kind, f"{self.folder.name}: {why}\n{text[-12000:]}")
 
 
 def _stopped(process: int) -> bool:
@@ -238,8 +244,7 @@ def _damage(run: Run, change: Callable[[bytearray], bytearray], chance: random.R
         path.write_bytes(change(bytearray(path.read_bytes())))
     except (AssertionError, OSError, IndexError):
         return False  # none yet, or just then replaced by a newer one
-    _kill(run, chance)
-    return True
+    return _kill(run, chance)
 
 
 def _tear(run: Run, chance: random.Random) -> bool:
@@ -337,7 +342,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 
 def undisturbed(run: Run) -> dict[int, str]:
-    """The curve of a run that nobody disturbs."""
+    """The curve of a run that nobody disturbs; raises LostError."""
     run.start()
     until = time.monotonic() + 900
     while run.runs():
@@ -349,22 +354,22 @@ def undisturbed(run: Run) -> dict[int, str]:
     return run.losses()
 
 
-def disturb(run: Run, chance: random.Random, left: int) -> Counter[str]:
-    """Train one run to its end under fire; returns the faults that struck, ``left`` at most."""
+def disturb(run: Run, chance: random.Random, left: int, counts: Counter[str]) -> None:
+    """Train one run to its end under fire; counts the faults that strike, ``left`` at most."""
     kinds = [kind for kind, (_, hosts, _) in FAULTS.items() if hosts <= run.fleet.hosts]
     weights = [FAULTS[kind][0] for kind in kinds]
-    struck, idle = Counter[str](), 0
+    struck, idle = 0, 0
     while True:
         if not run.runs():
             if run.starts and run.finished():
-                return struck
+                return
             idle += 1
             if idle > 6:
                 raise run.lost("six starts without a fault did not end it")
             run.start()
         seen, still = run.lines(), time.monotonic()
         goal = seen + chance.randint(0, UPDATES // 12)
-        while run.runs() and (run.lines() < goal or struck.total() >= left):
+        while run.runs() and (run.lines() < goal or struck >= left):
             if run.lines() != seen:
                 seen, still = run.lines(), time.monotonic()
             if time.monotonic() - still > STUCK:
@@ -374,8 +379,8 @@ def disturb(run: Run, chance: random.Random, left: int) -> Counter[str]:
         if run.runs() and not run.finished():
             (kind,) = chance.choices(kinds, weights)
             if FAULTS[kind][2](run, chance):
-                struck[kind] += 1
-                idle = 0
+                counts[kind] += 1
+                struck, idle = struck + 1, 0
                 print(f"     {kind}, after {run.lines()} updates", flush=True)
 
 
@@ -425,14 +430,20 @@ def campaign(base: Path, fleets: dict[str, Fleet], options: argparse.Namespace) 
                 expected[name] = undisturbed(whole)
             number = totals["runs"]
             run = Run(fleet, base / "disk" / f"run-{number}", base, logs / f"run-{number}.log")
-            rows[name] += disturb(run, chance, max(0, options.faults - struck))
+            totals["runs"] += 1
+            try:
+                disturb(run, chance, max(0, options.faults - struck), rows[name])
+                if run.losses() != expected[name]:
+                    other = [step for step, loss in expected[name].items() if run.losses().get(step) != loss]  # fmt: skip
+                    raise run.lost(f"another loss, or none, from update {other[:1]} on", "diverged")
+            except LostError as error:
+                kind, why = error.args
+                totals[kind] += 1
+                save(rows, events, totals, time.monotonic() - began, options)
+                raise SystemExit(f"{kind}: {why}") from None
             struck = sum(row.total() for row in rows.values())
-            if run.losses() != expected[name]:
-                different = [step for step, loss in expected[name].items() if run.losses().get(step) != loss]  # fmt: skip
-                raise run.lost(f"silent divergence from update {different[:1]}")
-            totals.update(runs=1, starts=run.starts, orphans=run.orphans)
-            for line in (run.folder / "events.jsonl").read_text().splitlines():
-                events[json.loads(line)["event"]] += 1
+            totals.update(starts=run.starts, orphans=run.orphans)
+            events.update(line["event"] for line in read_events(run.folder))
             seconds = time.monotonic() - began
             print(f"{struck:>4} faults, {seconds:.0f} s: run {number} ({name}) ended on its curve after {run.starts} starts", flush=True)  # fmt: skip
             shutil.rmtree(run.folder)
@@ -455,7 +466,7 @@ def report(rows: dict[str, Counter[str]], events: Counter[str], totals: Counter[
     print(
         f"and {events['skipped']} times a batch whose loss is not a number, left out by all ranks"
     )
-    print(f"{totals['runs']} runs of {UPDATES} updates in {totals['starts']} starts: 0 lost, 0 on another curve, {totals['orphans']} ranks outlived their launcher by {GRACE:.0f} s")  # fmt: skip
+    print(f"{totals['runs']} runs of {UPDATES} updates in {totals['starts']} starts: {totals['lost']} lost, {totals['diverged']} on another curve, {totals['orphans']} ranks outlived their launcher by {GRACE:.0f} s")  # fmt: skip
     print("events the runs wrote: " + ", ".join(f"{kind} {count}" for kind, count in events.most_common()))  # fmt: skip
 
 
@@ -481,7 +492,7 @@ def save(
 ) -> None:
     """Write what has happened so far."""
     launched = [{"launch": name, "faults": dict(row)} for name, row in rows.items()]
-    figures = {"seed": options.seed, "updates": UPDATES, "seconds": round(seconds), "lost": 0, "diverged": 0}  # fmt: skip
+    figures = {"seed": options.seed, "updates": UPDATES, "seconds": round(seconds), "faults": options.faults}  # fmt: skip
     write(options.out, "cpu", launched, **figures, totals=dict(totals), events=dict(events))
 
 

@@ -135,6 +135,10 @@ def rows(found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         for four in fours.values()
         if len(four) == 4
     ]
+    if len(ratios) < 2:
+        raise SystemExit(
+            "--updates: too few for two fours without a sample or a checkpoint; give more"
+        )
     quarters = statistics.quantiles(ratios, n=4)
     sampled = [x["seconds"] for x in updates if x["sampled"] and not x["flying"]]
     sample = statistics.median(sampled) - median if sampled else 0.0
@@ -164,6 +168,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.model, options.updates = "llama_demo", 60
+    if options.ranks not in (1, 2, 4):
+        raise SystemExit(f"--ranks {options.ranks}: 1, 2 or 4, which share a batch of 4")
     with tempfile.TemporaryDirectory() as folder:
         found = run(options, Path(folder))
     row = rows(found, options)
