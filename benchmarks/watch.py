@@ -179,7 +179,8 @@ def main() -> None:
             [
                 ["", "cost", "share of an update"],
                 ["an update, nothing beside it", f"{row['update_seconds']:.3f} s", ""],
-                ["records, heartbeat, agreement, signs of life", "", f"{row['ratio'] - 1:+.2%} [{low - 1:+.2%} to {high - 1:+.2%}]"],
+                ["records, heartbeat, agreement, phases: time inside", f"{row['inside_seconds']:.4f} s", f"{row['inside_seconds'] / row['update_seconds']:+.2%}"],
+                ["the same, and signs of life: on against off", "", f"{row['ratio'] - 1:+.2%} [{low - 1:+.2%} to {high - 1:+.2%}]"],
                 [f"a sample, every {WATCH_EVERY}", f"{row['sample_seconds']:.3f} s", f"{row['sample_seconds'] / WATCH_EVERY / row['update_seconds']:+.3%}"],
                 [f"a checkpoint beside training, every {SAVE_EVERY}", f"{row['save_seconds']:.3f} s", f"{row['save_seconds'] / SAVE_EVERY / row['update_seconds']:+.3%}"],
                 ["together", "", f"{row['share']:+.2%}"],
