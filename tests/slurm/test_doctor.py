@@ -33,11 +33,12 @@ def examine(cluster, inputs, folder, *flags, **settings):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_healthy_job_passes(cluster, inputs, tmp_path):
-    code, output = examine(cluster, inputs, tmp_path)
+@pytest.mark.parametrize("trial", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_healthy_job_passes(cluster, inputs, tmp_path, trial):
+    code, output = examine(cluster, inputs, tmp_path, *([] if trial else ["--skip", "trial"]))
     assert code == 0, output
     assert "2 ranks on node1, node2" in output, output
-    assert "resumed: losses equal to the bit" in output, output
+    assert ("resumed: losses equal to the bit" in output) == trial, output
     assert " 0 failed" in output
     assert "completed, exit code 0" in output
     assert not list((tmp_path / "run").glob("step_*")), "nothing of the trial is left behind"

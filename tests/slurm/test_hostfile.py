@@ -1,6 +1,7 @@
 """``deepspeed --hostfile``: two hosts on loopback, each with an sshd of its own, joined by pdsh."""
 
 import os
+import pwd
 import socket
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def shell(tmp_path):
     (tmp_path / "ssh").mkdir()
     (tmp_path / "ssh" / "config").write_text(config)
     Path("/run/sshd").mkdir(exist_ok=True)
-    home = Path.home() / ".ssh"
+    home = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".ssh"  # ssh asks for no HOME
     home.mkdir(mode=0o700, exist_ok=True)
     binds = {"/etc/hosts": machines.hosts(tmp_path, NAMES), str(home): tmp_path / "ssh"}
     (tmp_path / "environment").write_text("OMP_NUM_THREADS=1")  # all that deepspeed hands on
