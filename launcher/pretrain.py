@@ -47,10 +47,8 @@ def main(arguments: list[str]) -> int:
         world = mesh.initialise(config.timeout, None, engine.tensor_parallel, engine.replicate)
         try:
             train(build(config, world))
-        except (
-            FaultError
-        ) as error:  # said before the groups are closed, which may wait for the dead
-            end_soon()
+        except FaultError as error:
+            end_soon()  # closing the groups may wait for the dead: say first what happened
             return report(str(error), 1, error.speaks)
         finally:
             mesh.close()
